@@ -1,0 +1,73 @@
+"""lxt explains transformer models by layer-wise relevance propagation: one forward, one backward.
+
+>>> import lxt
+>>> explainer = lxt.load("tiny")
+>>> explainer.attribute("I have 5 cats and 3 dogs. My cats love to play with my").show()  # doctest: +SKIP
+
+The names below are loaded when they are first used, so that `import lxt` stays cheap: it takes neither torch nor
+transformers with it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lxt import audit
+    from lxt.attribution import Attribution
+    from lxt.attributor import Attributor, load
+    from lxt.composites import ATTN_LRP, CP_LRP, GRADIENT, Composite, Epsilon, Gamma
+    from lxt.mode import UnknownOperation
+    from lxt.patching import PatchHandle, monkey_patch
+    from lxt.patchmap import PatchMap
+    from lxt.targets import Target
+
+__all__ = [
+    "ATTN_LRP",
+    "CP_LRP",
+    "GRADIENT",
+    "Attribution",
+    "Attributor",
+    "Composite",
+    "Epsilon",
+    "Gamma",
+    "PatchHandle",
+    "PatchMap",
+    "Target",
+    "UnknownOperation",
+    "audit",
+    "load",
+    "monkey_patch",
+]
+
+__version__ = "3.0.0.dev0"
+
+_HOME = {
+    "ATTN_LRP": "lxt.composites",
+    "Attribution": "lxt.attribution",
+    "Attributor": "lxt.attributor",
+    "CP_LRP": "lxt.composites",
+    "Composite": "lxt.composites",
+    "Epsilon": "lxt.composites",
+    "GRADIENT": "lxt.composites",
+    "Gamma": "lxt.composites",
+    "PatchHandle": "lxt.patching",
+    "PatchMap": "lxt.patchmap",
+    "Target": "lxt.targets",
+    "UnknownOperation": "lxt.mode",
+    "load": "lxt.attributor",
+    "monkey_patch": "lxt.patching",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "audit":
+        return import_module("lxt.audit")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'lxt' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

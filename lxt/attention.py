@@ -1,0 +1,99 @@
+"""The attention rule for fused implementations, which never materialise the softmax.
+
+out = softmax(q k^T) v      uniform: gradients of q, k, v times `qkv` (AttnLRP eq. 13: 1/4, 1/4, 1/2)
+                            value_only: q and k are constants (CP-LRP)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lxt.coefficients import wide
+from lxt.composites import Composite
+from lxt.rules import scale_gradient, stop, tempered_softmax
+
+__all__ = ["scaled_dot_product_attention"]
+
+
+def scaled_dot_product_attention(
+    composite: Composite,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Torch's function of that name under the composite's attention rule; dropout is inactive.
+
+    Args:
+        composite: its `attention`, `qkv` and `softmax_temperature` apply.
+        query: [batch, head, query, d_head]; key and value: [batch, head, key, d_head].
+        attn_mask: as torch's; one that depends on activations is a constant unless attention is "gradient".
+        dropout_p: accepted and ignored.
+        is_causal: as torch's.
+        scale: as torch's.
+        enable_gqa: as torch's.
+    """
+    if composite.attention == "value_only":
+        query, key = stop(query), stop(key)
+    elif composite.attention == "uniform":
+        query, key, value = (
+            scale_gradient(x, factor) if x.requires_grad else x
+            for x, factor in zip((query, key, value), composite.qkv, strict=True)
+        )
+    if attn_mask is not None and composite.attention != "gradient":
+        attn_mask = stop(attn_mask)
+    if composite.softmax_temperature != 1 and composite.attention != "value_only":
+        return _TemperedAttention.apply(
+            query, key, value, attn_mask, is_causal, scale, enable_gqa, composite.softmax_temperature
+        )
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class _TemperedAttention(torch.autograd.Function):
+    """The fused forward, and a backward that writes the softmax out at its temperature."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        temperature: float,
+    ) -> Tensor:
+        ctx.is_causal, ctx.scale, ctx.enable_gqa, ctx.temperature = is_causal, scale, enable_gqa, temperature
+        ctx.save_for_backward(query, key, value, mask)
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    @staticmethod
+    def backward(ctx: Any, c_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        dtype = wide(query.dtype)
+        with torch.enable_grad():
+            q, k, v = (x.detach().to(dtype).requires_grad_() for x in (query, key, value))
+            repeats = q.shape[-3] // k.shape[-3] if ctx.enable_gqa else 1
+            keys, values = (x.repeat_interleave(repeats, -3) if repeats > 1 else x for x in (k, v))
+            scores = q @ keys.transpose(-2, -1) * (q.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale)
+            if ctx.is_causal:
+                allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+                scores = scores.masked_fill(~allowed, -torch.inf)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            out = tempered_softmax(scores, -1, None, ctx.temperature) @ values
+            gradients = torch.autograd.grad(out, (q, k, v), c_out.to(dtype))
+        return *(c.to(query.dtype) for c in gradients), None, None, None, None, None

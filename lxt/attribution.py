@@ -1,0 +1,368 @@
+"""Attribution: what `attribute` returns. Data, views of it, and a file that loads without the model.
+
+Relevance is in units of the explained value: an entry says how much of it a token brings, and a row's sum is
+compared with the value itself (`conservation`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Attribution", "Explained", "Prediction"]
+
+FORMAT = 1  # version of the file; raise it when a reader of the old one would misread the new one
+_KEY = "lxt.attribution"
+_RANKS = {"residual": 3, "head": 4, "neuron": 4}
+_ROWS_SHOWN = 20  # more rows than that scroll away what the reader asked for
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What one row explains.
+
+    Attributes:
+        label: ready to print, e.g. `' dogs'` or `' dogs' − ' cats'`.
+        kind: `logit`, `logprob`, `prob`, `centered` or `custom`.
+        value: the explained number, target minus contrast.
+        position: the explained position among the row's own tokens; None where there is no single one.
+    """
+
+    label: str
+    kind: str
+    value: float
+    position: int | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model predicts at the explained position."""
+
+    token: str
+    id: int
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution:
+    """Relevance of every token, with what is needed to read it.
+
+    Attributes:
+        tokens: [batch][token] as displayed, leading spaces kept; rows are padded on the left with "".
+        token_ids: [batch, token], or None when the input had no ids.
+        relevance: [batch, token], in units of the explained value; 0 at padding.
+        mask: [batch, token], True at real tokens.
+        special: [batch, token], True at special tokens.
+        explained: one per row.
+        predictions: one per row, or none at all.
+        model: the model's name.
+        rules: the composite's name.
+        latents: relevance inside the model: `residual` [layer, batch, token], `head` [layer, batch, token, head],
+            `neuron` [layer, batch, token, neuron].
+        versions: package -> version of what computed it.
+        checker: not stored: how `check()` reports on the run.
+
+    Raises:
+        ValueError: parts that don't fit each other, or numbers that aren't finite.
+    """
+
+    tokens: list[list[str]]
+    token_ids: Tensor | None
+    relevance: Tensor
+    mask: Tensor
+    special: Tensor
+    explained: list[Explained]
+    predictions: list[Prediction]
+    model: str
+    rules: str
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    checker: ClassVar[Callable[[], Any] | None] = None  # not a field: set by `with_checker`, absent after `load`
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        relevance = self.relevance.detach().cpu()
+        put(self, "relevance", relevance if relevance.dtype == torch.float64 else relevance.float())
+        put(self, "mask", self.mask.detach().cpu().bool())
+        put(self, "special", self.special.detach().cpu().bool())
+        if self.token_ids is not None:
+            put(self, "token_ids", self.token_ids.detach().cpu().long())
+        put(self, "latents", {name: latent.detach().cpu() for name, latent in self.latents.items()})
+        self._check_shapes()
+        self._check_numbers()
+
+    def _check_shapes(self) -> None:
+        shape = tuple(self.relevance.shape)
+        if len(shape) != 2:
+            raise ValueError(f"relevance must be [batch, token], got shape {shape}")
+        batch, length = shape
+        for name in ("mask", "special", "token_ids"):
+            part = getattr(self, name)
+            if part is not None and tuple(part.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(part.shape)}, but relevance has {shape}; they must be equal")
+        lengths = sorted({len(row) for row in self.tokens})
+        if len(self.tokens) != batch or (batch and lengths != [length]):
+            raise ValueError(
+                f"tokens are {len(self.tokens)} rows of {lengths} tokens, but relevance is {list(shape)}; "
+                'pad shorter rows on the left with ""'
+            )
+        if len(self.explained) != batch or len(self.predictions) not in (0, batch):
+            raise ValueError(
+                f"{batch} rows need {batch} explained and {batch} (or no) predictions, "
+                f"got {len(self.explained)} and {len(self.predictions)}"
+            )
+        for name, latent in self.latents.items():
+            rank = _RANKS.get(name, max(3, latent.ndim))
+            if latent.ndim != rank or tuple(latent.shape[1:3]) != shape:
+                wanted = ["layer", batch, length, *([name] if rank > 3 else [])]
+                raise ValueError(f"latents[{name!r}] has shape {tuple(latent.shape)}; it must be {wanted}")
+
+    def _check_numbers(self) -> None:
+        bad = ~torch.isfinite(self.relevance)
+        if bad.any():
+            row, place = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"relevance holds {int(bad.sum())} numbers that aren't finite, first at row {row}, token {place} "
+                f"({self.tokens[row][place]!r}); look for inf or NaN in the weights or embeddings, or use a wider dtype"
+            )
+        for name, latent in self.latents.items():
+            if not torch.isfinite(latent).all():
+                raise ValueError(f"latents[{name!r}] holds numbers that aren't finite; use a wider dtype")
+        stray = (self.relevance != 0) & ~self.mask
+        if stray.any():
+            row, place = (int(i) for i in stray.nonzero()[0])
+            raise ValueError(
+                f"relevance at padding must be 0: row {row}, place {place} has {self.relevance[row, place]}"
+            )
+        for row, explained in enumerate(self.explained):
+            if not math.isfinite(explained.value):
+                raise ValueError(f"the explained value of row {row} is {explained.value}; it must be a finite number")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self) -> Iterator[Attribution]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> Attribution:
+        """One row as an Attribution of its own, without padding."""
+        if isinstance(row, bool) or not hasattr(row, "__index__"):
+            raise TypeError(f"a row is chosen by its number, got {row!r}; for several: [out[i] for i in rows]")
+        index = int(row) + (len(self) if row < 0 else 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {row} of {len(self)}; allowed: 0 to {len(self) - 1}")
+        keep = self.mask[index]
+        one = replace(
+            self,
+            tokens=[[token for token, real in zip(self.tokens[index], keep.tolist(), strict=True) if real]],
+            token_ids=None if self.token_ids is None else self.token_ids[index : index + 1, keep],
+            relevance=self.relevance[index : index + 1, keep],
+            mask=self.mask[index : index + 1, keep],
+            special=self.special[index : index + 1, keep],
+            explained=self.explained[index : index + 1],
+            predictions=self.predictions[index : index + 1],
+            latents={name: latent[:, index : index + 1][:, :, keep] for name, latent in self.latents.items()},
+        )
+        return one if self.checker is None else one.with_checker(self.checker)
+
+    @property
+    def total(self) -> Tensor:
+        """[batch]: the sum of each row's relevance, in float64."""
+        return self.relevance.double().sum(-1)
+
+    @property
+    def conservation(self) -> Tensor:
+        """[batch]: total relevance over explained value; NaN where the value is 0."""
+        values = torch.tensor([explained.value for explained in self.explained], dtype=torch.float64)
+        return torch.where(values == 0, torch.nan, self.total / values)
+
+    def with_checker(self, checker: Callable[[], Any]) -> Attribution:
+        """Attach how `check()` reports on the run that this came from; returns the same object."""
+        object.__setattr__(self, "checker", checker)
+        return self
+
+    def check(self) -> Any:
+        """The report on this run: conservation and where it leaked, forward equality, unknown operations.
+
+        For one row of a batch the report is that of the whole batch.
+
+        Raises:
+            RuntimeError: the model is not at hand, as after `load`.
+        """
+        if self.checker is None:
+            raise RuntimeError(
+                "this Attribution doesn't know its model any more (it was loaded from a file or built by hand), so "
+                "there is nothing to check it against; call check() on what Attributor.attribute returned"
+            )
+        return self.checker()
+
+    def __repr__(self) -> str:
+        from lxt.show.words import amount, shorten
+
+        rows, length = self.relevance.shape
+        what = f"{length} tokens" if rows == 1 else f"{rows} rows of up to {length} tokens"
+        if rows == 1:
+            explained = self.explained[0]
+            what += f", {shorten(explained.label)} {explained.kind} {amount(explained.value, 4)}"
+        latents = f", latents={list(self.latents)}" if self.latents else ""
+        return f"Attribution({what}, model={self.model!r}, rules={self.rules!r}{latents})"
+
+    def _repr_html_(self) -> str:
+        from lxt.show.html import fragment
+
+        return fragment(self, limit=_ROWS_SHOWN)
+
+    def show(self, special: bool = True, scale_special: bool = False, top: int = 8) -> None:
+        """Show the tokens in colour, in the terminal or in the notebook that runs this.
+
+        Args:
+            special: print special tokens (dimmed); False leaves them out.
+            scale_special: colour special tokens too. By default they aren't, since a first token that
+                collects much relevance would leave the others pale.
+            top: how many tokens the ranked list names.
+        """
+        from lxt.show.terminal import show
+
+        show(self, special=special, scale_special=scale_special, top=top, limit=_ROWS_SHOWN)
+
+    def to_html(self, path: str | os.PathLike[str], special: bool = True, scale_special: bool = False) -> None:
+        """Write one self-contained page: no network, light and dark; options as in `show`."""
+        from lxt.show.files import write
+        from lxt.show.html import page
+
+        write(path, page(self, special=special, scale_special=scale_special).encode())
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        normalise: Literal["absolute", "layer"] = "absolute",
+        special: bool = True,
+        scale_special: bool = False,
+    ) -> Figure:
+        """Layers × tokens where the residual latents are there, otherwise one bar per token.
+
+        Args:
+            path: where to write it, as .png, .pdf or .svg; None only returns the figure.
+            normalise: `absolute` gives all layers one scale, `layer` gives each its own.
+            special: draw special tokens; False leaves them out.
+            scale_special: colour special tokens too.
+        """
+        from lxt.show.figure import picture, save
+
+        figure = picture(self, normalise=normalise, special=special, scale_special=scale_special)
+        if path is not None:
+            save(figure, path)
+        return figure
+
+    def to_pdf(self, path: str | os.PathLike[str], special: bool = True, scale_special: bool = False) -> None:
+        """Write the coloured text as PDF: typeset by LaTeX where there is one, otherwise by matplotlib."""
+        from lxt.show.latex import attribution_pdf
+
+        attribution_pdf(self, path, special=special, scale_special=scale_special)
+
+    def to_dict(self, latents: bool = False) -> dict[str, Any]:
+        """Everything as plain lists and numbers, row by row without padding; ready for `json.dumps`.
+
+        Args:
+            latents: include the latents, [layer][token] and so on; they can be large.
+        """
+        rows = []
+        for row, one in enumerate(self):
+            ratio = float(one.conservation[0])
+            rows.append(
+                {
+                    "tokens": one.tokens[0],
+                    "token_ids": None if one.token_ids is None else one.token_ids[0].tolist(),
+                    "relevance": one.relevance[0].tolist(),
+                    "special": one.special[0].tolist(),
+                    "explained": asdict(self.explained[row]),
+                    "prediction": asdict(self.predictions[row]) if self.predictions else None,
+                    "total": float(one.total[0]),
+                    "conservation": None if math.isnan(ratio) else ratio,
+                    **({"latents": {name: x[:, 0].tolist() for name, x in one.latents.items()}} if latents else {}),
+                }
+            )
+        return {"model": self.model, "rules": self.rules, "versions": dict(self.versions), "rows": rows}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, which `load` reads without the model."""
+        from safetensors.torch import save
+
+        from lxt.show.files import write
+
+        tensors = {"relevance": self.relevance, "mask": self.mask, "special": self.special}
+        tensors |= {} if self.token_ids is None else {"token_ids": self.token_ids}
+        tensors |= {f"latents.{name}": latent for name, latent in self.latents.items()}
+        about = {
+            "format": FORMAT,
+            "tokens": self.tokens,
+            "explained": [asdict(explained) for explained in self.explained],
+            "predictions": [asdict(prediction) for prediction in self.predictions],
+            "model": self.model,
+            "rules": self.rules,
+            "versions": dict(self.versions),
+        }
+        # clone: safetensors refuses tensors that share memory; ASCII JSON: keeps lone surrogates, which aren't UTF-8
+        content = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        write(path, save(content, metadata={_KEY: json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Attribution:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: the file is not ours, is damaged, or is from a newer lxt.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = os.path.expanduser(path)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no file at {str(path)!r}; give the path that Attribution.save wrote")
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"{str(path)!r} is a folder; give the file that Attribution.save wrote")
+        hint = f"{str(path)!r} is not a file of lxt: %s; allowed are files that Attribution.save wrote"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                if _KEY not in metadata:
+                    raise ValueError(hint % f"it is safetensors, but holds {', '.join(names[:5]) or 'nothing'}")
+                about = json.loads(metadata[_KEY])
+                if about["format"] > FORMAT:
+                    raise ValueError(
+                        hint % f"its format is {about['format']} and this lxt reads {FORMAT}, so update lxt"
+                    )
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(hint % f"safetensors can't read it ({error})") from error
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(hint % f"its metadata is damaged ({error!r})") from error
+        try:
+            return cls(
+                tokens=about["tokens"],
+                token_ids=tensors.get("token_ids"),
+                relevance=tensors["relevance"],
+                mask=tensors["mask"],
+                special=tensors["special"],
+                explained=[Explained(**entry) for entry in about["explained"]],
+                predictions=[Prediction(**entry) for entry in about["predictions"]],
+                model=about["model"],
+                rules=about["rules"],
+                latents={name[8:]: latent for name, latent in tensors.items() if name.startswith("latents.")},
+                versions=about["versions"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(hint % f"part of it is missing ({error!r})") from error

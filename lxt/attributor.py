@@ -1,0 +1,387 @@
+"""The Attributor: a model with its tokenizer and rules, which explains what the model predicts.
+
+1. `lxt.inputs` makes rows of token ids, `lxt.targets` says which positions of which rows are explained.
+2. For each batch of rows: patch, one forward from the embeddings, the logits of these positions only, one backward
+   of the sum of the rows' explained numbers, unpatch. Rows don't see each other, so the sum mixes nothing.
+3. Relevance is embedding × gradient, summed over the hidden dimension; `lxt.latents` reads the layers on the way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lxt.attribution import Attribution, Explained, Prediction
+from lxt.composites import Composite, resolve
+from lxt.inputs import Row, batches, check_row, offender, prepare, read, task
+from lxt.latents import Site, capture, names, sites
+from lxt.loading import dtype_of, model_of, tokenizer_of
+from lxt.patching import _OWNERS, monkey_patch
+from lxt.targets import Goal, Score, Target, Token, evaluate, name_of, narrowed
+from lxt.targets import resolve as resolve_targets
+from lxt.tokens import display
+
+if TYPE_CHECKING:
+    from lxt.patchmap import PatchMap
+
+__all__ = ["Attributor", "Request", "load"]
+
+OneTarget = Token | Target | Score | None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What `attribute` was asked for, ready to run again: on other rules, or on the bare model.
+
+    Attributes:
+        rows: the prompts, with a sequence target's tokens appended.
+        goals: one per row; the predicted tokens are filled in after a run.
+        groups: which rows run together.
+        latents: names of the wanted latents.
+    """
+
+    rows: list[Row]
+    goals: list[Goal]
+    groups: list[list[int]]
+    latents: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One batch's numbers, on the CPU: relevance [batch, token], logits [batch, K, vocab], values [batch]."""
+
+    relevance: Tensor
+    logits: Tensor
+    values: Tensor
+    goals: list[Goal]
+    latents: dict[str, Tensor]
+    tokens: list[list[str]]
+    token_ids: Tensor | None
+    mask: Tensor
+    special: Tensor
+
+
+class Attributor:
+    """Explains a model's outputs by the tokens that it read.
+
+    >>> explainer = Attributor(model, tokenizer, rules="cp")  # doctest: +SKIP
+    >>> explainer.attribute("I have 5 cats and 3 dogs. My cats love to play with my").relevance  # doctest: +SKIP
+
+    The model is patched while `attribute` runs and is afterwards as it was, also when that fails.
+
+    Args:
+        model: a transformers model with a head: a language model (causal, masked, encoder-decoder) or a classifier.
+        tokenizer: its tokenizer; None when prompts come as token ids or embeddings.
+        rules: a preset's name, or a Composite.
+        patch_map: fused forwards and latents in place of the architecture's own.
+
+    Raises:
+        ValueError: unknown rules, no explainable head, or weights that were never loaded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        rules: str | Composite = "attnlrp",
+        patch_map: PatchMap | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise TypeError(
+                f"an Attributor needs a transformers model instance, got {type(model).__name__}; lxt.load takes names"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rules = resolve(rules)
+        self.patch_map = patch_map
+        task(model)
+        self._refuse_meta()
+
+    def __repr__(self) -> str:
+        return f"Attributor({self.name}, rules={self.rules.name!r})"
+
+    @property
+    def name(self) -> str:
+        """The model's name: where it was loaded from, else its class."""
+        return getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
+
+    def attribute(
+        self,
+        inputs: object,
+        target: OneTarget | Sequence[OneTarget] = None,
+        contrast: Token | Sequence[Token] | None = None,
+        latents: str | Sequence[str] = (),
+        batch_size: int | None = None,
+    ) -> Attribution:
+        """Relevance of every input token for the target.
+
+        Args:
+            inputs: a string or a list of them; chat messages or a list of chats; token ids; or embeddings.
+            target: what is explained: a token as string or id (a string of several tokens: their summed
+                log-probability), a class index or label, a Target, a function of the logits [batch, 1, vocabulary],
+                or a list with one per prompt. None is what the model predicts.
+            contrast: token or tokens to subtract (several: their mean).
+            latents: which relevances inside the model to keep: "residual", "head", "neuron".
+            batch_size: how many prompts run at once; None is all that can.
+
+        Raises:
+            ValueError: inputs, target or latents that the model has no answer for; numbers that aren't finite.
+            TypeError: a kind of input or target that there is none of.
+        """
+        self._refuse_meta()
+        wanted = names(latents)
+        rows, goals = resolve_targets(
+            target, contrast, read(inputs, self.model, self.tokenizer), self.model, self.tokenizer
+        )
+        for row in rows:
+            check_row(row, self.model, "the prompt with its target")
+        request = Request(rows, goals, batches(rows, self.model, batch_size), wanted)
+        results = list(self.results(request))
+        return self._attribution(request, results).with_checker(partial(self._check, request))
+
+    def results(
+        self, request: Request, patch: Callable[[], AbstractContextManager[Any]] | None = None
+    ) -> Iterator[Result]:
+        """Run the request batch by batch.
+
+        Args:
+            request: what to run.
+            patch: makes the context of each batch's forward and backward; None is the patch with this Attributor's
+                rules, `contextlib.nullcontext` the bare model.
+        """
+        make = patch or self._patch
+        places = sites(self.model, self._latent_map(), request.latents)
+        with _progress(len(request.groups)) as advance:
+            for group in request.groups:
+                yield self._run([request.rows[i] for i in group], [request.goals[i] for i in group], places, make)
+                advance()
+
+    def _patch(self) -> AbstractContextManager[Any]:
+        theirs = _OWNERS.get(self.model)
+        if theirs is None:
+            return monkey_patch(self.model, self.rules, patch_map=self.patch_map)
+        if theirs.composite != self.rules:  # switching would leave the caller's handle dead behind their back
+            raise ValueError(
+                f"{self.name} is already patched with the rules {theirs.composite.name!r}, and this Attributor's are "
+                f"{self.rules.name!r}; remove that patch first, or give the Attributor the same rules"
+            )
+        return nullcontext()
+
+    def _run(
+        self,
+        rows: Sequence[Row],
+        goals: Sequence[Goal],
+        places: Sequence[Site],
+        patch: Callable[[], AbstractContextManager[Any]],
+    ) -> Result:
+        # An outer no_grad or inference_mode is the caller's habit around models, and would leave nothing to explain.
+        with torch.inference_mode(False), torch.enable_grad():
+            prepared = prepare(rows, self.model, self.tokenizer)
+            embeds = prepared.embeds.requires_grad_()
+            where = _places(rows, goals, task(self.model))
+            with (
+                capture(places, *prepared.mask.shape) as sink,
+                narrowed(self.model, where) as finish,
+                patch(),
+            ):
+                output = self.model(inputs_embeds=embeds, **prepared.arguments(self.model))
+                logits = finish(output.logits if hasattr(output, "logits") else output[0])
+                if not logits.isfinite().all():
+                    raise ValueError(f"the logits of {self.name} are not finite: {offender(self.model)}")
+                values, filled = evaluate(logits, goals)
+                (gradient,) = torch.autograd.grad(values.sum(), embeds)
+        wide = torch.promote_types(embeds.dtype, torch.float32)
+        relevance = (embeds.detach().to(wide) * gradient.to(wide)).sum(-1).cpu()
+        if not relevance[prepared.mask].isfinite().all():
+            raise ValueError(
+                f"the relevance is not finite, though the logits of {self.name} are: the backward overflows in "
+                f"{embeds.dtype}; load the model with dtype='bfloat16' or 'float32'"
+            )
+        return Result(
+            relevance=relevance.masked_fill(~prepared.mask, 0),
+            logits=logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).cpu(),
+            values=values.detach().cpu(),
+            goals=filled,
+            latents={name: sink.stacked(name, prepared.mask) for name in {place.latent for place in places}},
+            tokens=prepared.labels,
+            token_ids=prepared.token_ids,
+            mask=prepared.mask,
+            special=prepared.special,
+        )
+
+    def _check(self, request: Request) -> Any:
+        """The report behind `Attribution.check()`."""
+        raise NotImplementedError("the report is not written yet")
+
+    def _attribution(self, request: Request, results: Sequence[Result]) -> Attribution:
+        """The batches' results as one, in the order in which the prompts were given."""
+        order = torch.tensor([i for group in request.groups for i in group]).argsort()
+        width = max(result.mask.shape[1] for result in results)
+
+        def joined(parts: Sequence[Tensor], batch: int, token: int) -> Tensor:
+            wide = [pad(part, [0, 0] * (part.dim() - 1 - token) + [width - part.shape[token], 0]) for part in parts]
+            return torch.cat(wide, batch).index_select(batch, order)
+
+        goals = [goal for result in results for goal in result.goals]
+        tokens = [[""] * (width - len(row)) + row for result in results for row in result.tokens]
+        explained = [
+            self._explained(goal, float(value), row)
+            for goal, value, row in zip(
+                goals,
+                torch.cat([result.values for result in results]),
+                [request.rows[i] for group in request.groups for i in group],
+                strict=True,
+            )
+        ]
+        predictions = [self._prediction(logits[0]) for result in results for logits in result.logits]
+        ids = [result.token_ids for result in results if result.token_ids is not None]
+        return Attribution(
+            tokens=[tokens[i] for i in order.tolist()],
+            token_ids=joined(ids, 0, 1) if len(ids) == len(results) else None,
+            relevance=joined([result.relevance for result in results], 0, 1),
+            mask=joined([result.mask for result in results], 0, 1),
+            special=joined([result.special for result in results], 0, 1),
+            explained=[explained[i] for i in order.tolist()],
+            predictions=[predictions[i] for i in order.tolist()],
+            model=self.name,
+            rules=self.rules.name,
+            latents={name: joined([result.latents[name] for result in results], 1, 2) for name in request.latents},
+            versions=_versions(),
+        )
+
+    def _explained(self, goal: Goal, value: float, row: Row) -> Explained:
+        if goal.function is not None:
+            label = getattr(goal.function, "__name__", type(goal.function).__name__)
+        elif len(goal.ids) > 1 and self.tokenizer is not None:
+            label = repr("".join(display(goal.ids, self.tokenizer)[0]))
+        else:
+            label = self._names(goal.ids)
+        foils = self._names(goal.contrast)
+        if foils:
+            label += f" − {foils}" if len(goal.contrast) == 1 else f" − mean({foils})"
+        single = len(goal.positions) == 1 and task(self.model) not in ("sequence", "seq2seq")
+        return Explained(label, goal.kind, value, goal.positions[0] if single else None)
+
+    def _names(self, ids: Sequence[int]) -> str:
+        return ", ".join(repr(name_of(token, self.model, self.tokenizer)) for token in ids)
+
+    def _prediction(self, logits: Tensor) -> Prediction:
+        token = int(logits.argmax())
+        probability = float(logits.softmax(-1)[token])
+        return Prediction(name_of(token, self.model, self.tokenizer), token, float(logits[token]), probability)
+
+    def _latent_map(self) -> PatchMap:
+        from lxt.patches import patch_map_for
+
+        return self.patch_map if self.patch_map is not None else patch_map_for(self.model)
+
+    def _refuse_meta(self) -> None:
+        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            return  # accelerate keeps offloaded weights on meta and brings them for each module's forward
+        for name, parameter in self.model.named_parameters():
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"the weight {name} of {self.name} is on the meta device: it has a shape and no numbers; load the "
+                    "model with from_pretrained, or without torch.device('meta')"
+                )
+
+
+def _places(rows: Sequence[Row], goals: Sequence[Goal], kind: str) -> Tensor:
+    """[batch, K]: where in the padded batch the explained logits are; shorter rows repeat their last position."""
+    width, count = max(len(row) for row in rows), max(len(goal.positions) for goal in goals)
+    return torch.tensor(
+        [
+            [
+                place + (0 if kind == "seq2seq" else width - len(row))
+                for place in (*goal.positions, *[goal.positions[-1]] * (count - len(goal.positions)))
+            ]
+            for row, goal in zip(rows, goals, strict=True)
+        ]
+    )
+
+
+def _progress(batches: int) -> AbstractContextManager[Callable[[], None]]:
+    """A bar on stderr, when there are several batches and someone is watching."""
+    if batches < 2 or not sys.stderr.isatty():
+        return nullcontext(lambda: None)
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    @contextmanager
+    def shown() -> Iterator[Callable[[], None]]:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("attributing", total=batches)
+            yield lambda: progress.advance(bar)
+
+    return shown()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("lxt", "torch", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def load(
+    name_or_model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    rules: str | Composite = "attnlrp",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Attributor:
+    """An Attributor for a model by name, folder or instance.
+
+    >>> lxt.load("tiny").attribute("My cats love to play with my")  # doctest: +SKIP
+
+    Args:
+        name_or_model: "tiny" (bundled), a folder, a name on the hub, or a model instance, which is not copied.
+        tokenizer: the tokenizer, or its name; None is the model's own, and none at all for an instance.
+        rules: a preset's name, or a Composite.
+        device: where to put the model. None is a GPU if there is one, and leaves an instance where it is.
+        dtype: as torch.dtype or its name. None is the checkpoint's own.
+
+    Raises:
+        ValueError: no such model, rules or dtype, or a model that lxt cannot explain.
+    """
+    composite = resolve(rules)
+    kind = dtype_of(dtype)
+    if isinstance(name_or_model, nn.Module):
+        model = name_or_model
+        if device is not None or kind is not None:
+            model = model.to(device=device, dtype=kind)
+        return Attributor(
+            model, tokenizer_of(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer, composite
+        )
+    if not isinstance(name_or_model, (str, Path)):
+        raise TypeError(f"lxt.load takes a name, a folder or a model instance, got {type(name_or_model).__name__}")
+    name = str(name_or_model)
+    if name == "tiny":
+        from lxt import tiny
+
+        name = str(tiny.path())
+    model = model_of(name, kind).eval()
+    device = device or ("cuda" if torch.cuda.is_available() else None)
+    if device is not None:
+        model = model.to(device)
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        tokenizer = tokenizer_of(name if tokenizer is None else tokenizer)
+    attributor = Attributor(model, tokenizer, composite)
+    if str(name_or_model) == "tiny":
+        model.config.name_or_path = "tiny"
+    return attributor

@@ -1,0 +1,233 @@
+"""The auditor's rules: what happens to the gradient at each node of an autograd graph.
+
+Nodes are decided operands first, so that it is known which values the rules have made constants: a factor that is
+one does not count among the n factors of a product. A product of more than two factors is read as it was computed,
+operation by operation: in (a * b) * c the share of c is 1/2, of a and b 1/4 each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lxt.auditgradients import glu_gradient, norm_gradient, slope, softmax_gradient, times
+from lxt.auditgraph import (
+    ACTIVATIONS,
+    CONSTANT,
+    HOMOGENEOUS,
+    LINEAR,
+    MATMULS,
+    PRODUCTS,
+    SOFT,
+    SOFTMAX,
+    STATISTICS,
+    Graph,
+    kind,
+)
+from lxt.composites import Composite
+
+__all__ = ["Treatment", "treatments"]
+
+_NORMS = frozenset({"FusedRmsNorm", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm"})
+_ATTENTION = frozenset({"CudnnAttention", "EfficientAttention", "FlashAttention"})
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What one node does to its gradients.
+
+    Attributes:
+        rule: the rule's name, for the count.
+        factors: edge -> what its gradient is multiplied with; 0 stops it.
+        replace: gradient of the output -> gradient of edge 0, where a factor doesn't express the rule.
+        stopped_output: an output whose gradient is dropped before the node runs.
+        known: whether the node's operation has a rule.
+    """
+
+    rule: str
+    factors: dict[int, float] | None = None
+    replace: Callable[[Tensor], Tensor] | None = None
+    stopped_output: int | None = None
+    known: bool = True
+
+
+def treatments(graph: Graph, composite: Composite) -> dict[Node, Treatment]:
+    """The treatment of every node.
+
+    Raises:
+        ValueError: the composite asks for something that the graph can't provide.
+    """
+    rules = _Rules(graph, composite)
+    for node in graph.nodes:
+        treatment = rules.decide(node)
+        factors = treatment.factors or {}
+        rules.treatments[node] = treatment
+        # what only constants flow into is a constant, and so is what passes nothing on
+        if all(factors.get(edge, 1) == 0 or operand in rules.constant for edge, operand in graph.operands(node)):
+            rules.constant.add(node)
+    return rules.treatments
+
+
+class _Rules:
+    def __init__(self, graph: Graph, composite: Composite) -> None:
+        self.graph, self.composite = graph, composite
+        self.constant: set[Node] = set()
+        self.treatments: dict[Node, Treatment] = {}
+
+    def decide(self, node: Node) -> Treatment:
+        name, composite = kind(node), self.composite
+        if node in self.graph.activations:
+            return self._written_activation(node)
+        if node in self.graph.primitives and composite.activation == "gradient":
+            return Treatment("gradient")
+        if node in self.graph.statistics and composite.norm == "gradient":
+            return Treatment("gradient")
+        if name in PRODUCTS:
+            return self._product(node)
+        if name in ACTIVATIONS:
+            return self._activation(node)
+        if name in SOFT | SOFTMAX:
+            return self._softmax(node) if name in SOFTMAX or self.graph.weighs(node) else self._constant(node)
+        if name.startswith("ScaledDotProduct") or name in _ATTENTION:
+            return self._fused_attention(node)
+        if name in {"Div", "Pow", "Addcdiv", "Glu", "VarMean", "StdMean", "Lerp"}:
+            return getattr(self, f"_{name.lower()}")(node)
+        if name in _NORMS:
+            return self._norm(node)
+        if name in CONSTANT | STATISTICS:
+            return self._constant(node)
+        return Treatment("linear" if name in LINEAR else "unknown", known=name in LINEAR)
+
+    # products
+
+    def _product(self, node: Node) -> Treatment:
+        graph, composite, name = self.graph, self.composite, kind(node)
+        operands = {edge: operand for edge, operand in graph.operands(node) if edge in PRODUCTS[name]}
+        live = [edge for edge, operand in operands.items() if operand not in self.constant]
+        if len(operands) < 2:
+            return Treatment("linear")
+        if len(live) < 2:
+            return Treatment("gate")
+        if name in MATMULS and composite.attention != "value_only":
+            weights = [edge for edge in live if graph.softmax_behind(operands[edge])]
+            if len(weights) == 1:
+                return self._attention(live, weights[0], self._qkv()[0])
+            if node in graph.scores:
+                return self._attention(live, live[0], self._qkv()[1])
+        origins = {edge: graph.origin(node.next_functions[edge])[0] for edge in live}
+        if composite.norm == "gradient" and any(graph.is_statistic(origin) for origin in origins.values()):
+            return Treatment("gradient")
+        stopped = [e for e in live if composite.product != "gradient" and graph.is_scalar_sum(origins[e])]
+        if name == "Mul" and composite.router == "stop":
+            stopped += [edge for edge in live if graph.softmax_behind(operands[edge])]
+        if 0 < len(set(stopped)) < len(live):
+            return Treatment("gate", {edge: float(edge not in stopped) for edge in live})
+        if composite.product == "gradient":
+            return Treatment("gradient")
+        gates = [edge for edge in live if graph.is_gate(origins[edge])]
+        if composite.product == "stop_gate" and 0 < len(gates) < len(live):
+            return Treatment("gate", {edge: float(edge not in gates) for edge in live})
+        return Treatment("uniform", dict.fromkeys(live, 1 / len(live)))
+
+    def _qkv(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(weights, value) and (query, key) factors of the two products whose combination is `qkv`."""
+        query, key, value = self.composite.qkv
+        share = query + key
+        return (share, value), ((query / share, key / share) if share else (0.0, 0.0))
+
+    def _attention(self, live: list[int], first: int, factors: tuple[float, float]) -> Treatment:
+        if self.composite.attention == "gradient":
+            return Treatment("gradient")
+        return Treatment("attention", {edge: factors[edge != first] for edge in live})
+
+    def _fused_attention(self, node: Node) -> Treatment:
+        live = {edge for edge, operand in self.graph.operands(node) if operand not in self.constant}
+        query, key, value = (edge in live for edge in range(3))
+        if self.composite.attention == "value_only":
+            return Treatment("attention", {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0})
+        if self.composite.softmax_temperature != 1:
+            raise ValueError(
+                f"softmax_temperature={self.composite.softmax_temperature} needs the softmax in the graph, but "
+                f"{node.name()} doesn't show it; load the model with attn_implementation='eager'"
+            )
+        if self.composite.attention == "gradient":
+            return Treatment("gradient")
+        # as in the eager products: where one factor is a constant, the other takes all
+        (weights, values), (queries, keys) = self._qkv()
+        weights, values = (weights if value else 1.0), (values if query or key else 1.0)
+        queries, keys = (queries if key else 1.0), (keys if query else 1.0)
+        return Treatment("attention", {0: weights * queries, 1: weights * keys, 2: values, 3: weights})
+
+    # functions
+
+    def _constant(self, node: Node) -> Treatment:
+        field = self.composite.norm if self.graph.is_statistic(node) else self.composite.product
+        return Treatment("gradient") if field == "gradient" else Treatment("constant", _all_edges(node, 0.0))
+
+    def _activation(self, node: Node) -> Treatment:
+        if self.composite.activation == "gradient" or kind(node) in HOMOGENEOUS:  # there f'(x) is f(x)/x
+            return Treatment(self.composite.activation)
+        return Treatment("identity", replace=lambda gradient: times(gradient, slope(node, self.graph.input_of(node))))
+
+    def _written_activation(self, node: Node) -> Treatment:
+        """For x * g(x), g element-wise, f(x)/x is g(x), which is the product's own gradient with g a constant."""
+        if self.composite.activation == "gradient":
+            return Treatment("gradient")
+        return Treatment("identity", {self.graph.activations[node]: 0.0})
+
+    def _softmax(self, node: Node) -> Treatment:
+        if self.composite.attention == "value_only":
+            return Treatment("constant", _all_edges(node, 0.0))
+        temperature = self.composite.softmax_temperature
+        if temperature == 1 or kind(node) not in SOFTMAX or not self.graph.weighs(node):
+            return Treatment("softmax")
+        return Treatment("softmax", replace=lambda gradient: softmax_gradient(gradient, node, temperature))
+
+    def _pow(self, node: Node) -> Treatment:
+        exponent = getattr(node, "_saved_exponent", None)
+        if self.composite.product == "gradient":
+            return Treatment("gradient")
+        if exponent is None or self.graph.is_statistic(node) or 1 in dict(self.graph.operands(node)):
+            # a number to the power of an activation, a power below 1, a power that is an activation
+            return Treatment("constant", _all_edges(node, 0.0))
+        if isinstance(exponent, Tensor) and exponent.numel() > 1:
+            return Treatment("unknown", known=False)
+        return Treatment("power", {0: 1 / float(exponent)})
+
+    def _div(self, node: Node) -> Treatment:
+        if not self.graph.denominator(node) or self.composite.norm == "gradient":
+            return Treatment("gradient" if self.graph.denominator(node) else "linear")
+        return Treatment("constant", {1: 0.0})
+
+    def _addcdiv(self, node: Node) -> Treatment:
+        return Treatment("gradient") if self.composite.norm == "gradient" else Treatment("constant", {2: 0.0})
+
+    def _lerp(self, node: Node) -> Treatment:
+        live = {edge for edge, operand in self.graph.operands(node) if operand not in self.constant}
+        return Treatment("unknown", known=False) if 2 in live else Treatment("linear")
+
+    def _glu(self, node: Node) -> Treatment:
+        if self.composite.product == "gradient":
+            return Treatment("gradient")
+        return Treatment("gate", replace=lambda gradient: glu_gradient(gradient, node))
+
+    # normalisation
+
+    def _varmean(self, node: Node) -> Treatment:
+        return Treatment("gradient") if self.composite.norm == "gradient" else Treatment("norm", stopped_output=0)
+
+    _stdmean = _varmean
+
+    def _norm(self, node: Node) -> Treatment:
+        if self.composite.norm == "gradient":
+            return Treatment("gradient")
+        if kind(node) == "NativeBatchNorm" and not node._saved_training:  # type: ignore[attr-defined]
+            return Treatment("linear")  # running statistics are constants already
+        return Treatment("norm", replace=lambda gradient: norm_gradient(gradient, node))
+
+
+def _all_edges(node: Node, factor: float) -> dict[int, float]:
+    return dict.fromkeys(range(len(node.next_functions)), factor)

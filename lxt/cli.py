@@ -1,0 +1,153 @@
+"""The command line: `lxt attribute`, `lxt check`, `lxt models`.
+
+Whatever goes wrong ends in one line on stderr and a non-zero exit; `--debug` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import lxt
+
+if TYPE_CHECKING:
+    from lxt.attributor import Attributor
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lxt",
+    help="Explain what a transformer model predicts: which tokens mattered, and by how much.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Text = Annotated[str, typer.Argument(help="the text whose continuation is explained", show_default=False)]
+ModelArgument = Annotated[str, typer.Argument(help="a model's name on the hub, its folder, or `tiny`")]
+Model = Annotated[str, typer.Option("--model", "-m", help="a model's name on the hub, its folder, or `tiny`")]
+Kind = Annotated[str | None, typer.Option(help="logit, logprob, prob or centered; default: logit, logprob of several")]
+Rules = Annotated[str, typer.Option("--rules", "-r", help="attnlrp, cp or gradient")]
+Token = Annotated[str | None, typer.Option("--target", "-t", help="the token to explain; default: the predicted one")]
+Foil = Annotated[str | None, typer.Option("--contrast", "-c", help="explain the target against this token")]
+Latents = Annotated[list[str] | None, typer.Option("--latents", "-l", help="residual, head, neuron; repeatable")]
+Device = Annotated[str | None, typer.Option(help="where to compute, such as cuda; default: where it fits")]
+Dtype = Annotated[str | None, typer.Option(help="the precision to load in: float32, bfloat16, ...")]
+File = typer.Option(dir_okay=False, help="write this file", show_default=False)
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+@app.command()
+def attribute(
+    text: Text,
+    model: Model = "tiny",
+    target: Token = None,
+    contrast: Foil = None,
+    kind: Kind = None,
+    rules: Rules = "attnlrp",
+    latents: Latents = None,
+    html: Annotated[Path | None, File] = None,
+    plot: Annotated[Path | None, File] = None,
+    pdf: Annotated[Path | None, File] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="write this file; - prints it instead of the picture")
+    ] = None,
+    save: Annotated[Path | None, File] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Explain one prediction, in the terminal and in the files asked for."""
+    # A picture of layers x tokens needs the relevance after every layer.
+    wanted = tuple(latents or (("residual",) if plot else ()))
+    # kind is checked by Target, at run time like all that is typed at a terminal.
+    what = lxt.Target(target, kind=kind, contrast=contrast)  # type: ignore[arg-type]
+    out = _load(model, rules, device, dtype).attribute(text, target=what, latents=wanted)
+    as_json = json.dumps(out.to_dict(latents=bool(latents)))
+    if json_ == Path("-"):
+        print(as_json)
+    else:
+        out.show()
+
+    def to_json(path: Path) -> None:
+        from lxt.show.files import write
+
+        write(path, f"{as_json}\n".encode())
+
+    for path, write in ((html, out.to_html), (plot, out.plot), (pdf, out.to_pdf), (save, out.save), (json_, to_json)):
+        if path is not None and path != Path("-"):
+            write(path)
+            _say(f"written: {path}")
+
+
+@app.command()
+def check(
+    model: ModelArgument,
+    text: Annotated[str, typer.Option(help="the text to try it on")] = "The capital of France is",
+    rules: Rules = "attnlrp",
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Whether a model is explained as it should: same logits, relevance conserved, no unknown operation."""
+    report = _load(model, rules, device, dtype).attribute(text).check()
+    print(report)
+
+
+@app.command()
+def models(debug: Debug = False) -> None:
+    """The bundled model, and the architectures that lxt has a map of."""
+    from lxt.patches import MAPS
+
+    known = {name: patch_map for patch_map in MAPS for name in patch_map.architectures}
+    print("tiny: the bundled model; no download")
+    print("Architectures with a map (config.model_type), and what runs fused there:")
+    for name, patch_map in sorted(known.items()):
+        print(f"  {name:<14}{', '.join(patch_map.forwards) or '(all by the operator mode)'}")
+    print("Any other model runs under the operator mode alone; `lxt check MODEL` says how well.")
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        print(f"lxt {lxt.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line on `arguments` (default: those of the process) and leave with its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        sys.exit(app(arguments, prog_name="lxt", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        # Errors in the arguments know how to format themselves and which status they want.
+        message = error.format_message() if hasattr(error, "format_message") else str(error)  # type: ignore[attr-defined]
+        _say(" ".join((message or type(error).__name__).split()))
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+def _load(model: str, rules: str, device: str | None, dtype: str | None) -> Attributor:
+    # A wrong name must not cost a download before it is noticed.
+    from lxt.composites import resolve
+
+    composite = resolve(rules)
+    return lxt.load(model, rules=composite, device=device, dtype=dtype)
+
+
+def _say(line: str) -> None:
+    print(f"lxt: {line}", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""Autograd functions that the operator mode can't see: torch tells it nothing of Function.apply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from lxt.mode import UnknownOperation
+
+__all__ = ["refuse_foreign_functions"]
+
+# Linear layers of quantisation libraries: the plain gradient is the rule.
+LINEAR_FUNCTIONS = frozenset({"MatMul4Bit", "MatMul8bitLt", "MatMul8bitFp"})
+
+
+def refuse_foreign_functions(output: Any, inputs: Any, declared: Mapping[str, str]) -> None:
+    """Search the graph of `output` back to `inputs` for custom autograd functions without a rule.
+
+    Raises:
+        ValueError: reentrant gradient checkpointing.
+        UnknownOperation: any other autograd function that isn't ours and isn't declared "linear".
+    """
+    seen = {tensor.grad_fn for tensor in _tensors(inputs) if tensor.grad_fn is not None}
+    todo = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            _refuse(node, declared)
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def _refuse(node: BackwardCFunction, declared: Mapping[str, str]) -> None:
+    function = type(node)._forward_cls  # type: ignore[attr-defined]
+    name = function.__name__
+    if function.__module__.split(".")[0] == "lxt" or name in LINEAR_FUNCTIONS or declared.get(name) == "linear":
+        return
+    if name == "CheckpointFunction":
+        raise ValueError(
+            "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; use use_reentrant=False"
+        )
+    raise UnknownOperation(name, f" ({function.__module__}, a torch.autograd.Function)")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))

@@ -1,0 +1,360 @@
+"""From what the user gives to what the model eats: text, chats, token ids or embeddings → embeddings, masks, positions.
+
+1. `read` turns any accepted input into rows: one prompt each, as token ids (or embeddings), tokenised exactly once.
+2. `batches` says which rows may share a forward: models that take explicit positions are padded on the left, all
+   others get rows of equal length, so that nothing needs padding and a batch gives what single calls give.
+3. `prepare` embeds such rows by *calling* the embedding module, which keeps scaled embeddings right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from itertools import groupby
+from numbers import Integral
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lxt.tokens import display
+
+__all__ = ["Prepared", "Row", "batches", "offender", "prepare", "read", "task"]
+
+ACCEPTED = (
+    "a string, a list of strings, chat messages (dicts with 'role' and 'content') or a list of such chats, token ids "
+    "(ints, lists of ints, an int64 tensor [token] or [batch, token]), or embeddings (a float tensor "
+    "[batch, token, hidden] or [token, hidden])"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt. `ids` follow `embeds` where both are there (a target's tokens after given embeddings)."""
+
+    ids: tuple[int, ...] = ()
+    embeds: Tensor | None = None
+    decoder: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids) + (0 if self.embeds is None else len(self.embeds))
+
+    def extended(self, ids: Sequence[int]) -> Row:
+        """The prompt followed by more tokens, appended as ids: nothing is tokenised a second time."""
+        return replace(self, ids=(*self.ids, *ids))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A padded batch that the model can run on.
+
+    Attributes:
+        embeds: [batch, token, hidden], detached; rows are aligned to the right.
+        attention_mask: [batch, token], 1 where there is a token.
+        position_ids: [batch, token], or None where the model had better count for itself.
+        decoder_ids: [batch, step] for encoder-decoders, else None.
+        token_ids: [batch, token] on the CPU, 0 at padding; None when embeddings were given.
+        labels: [batch][token], "" at padding.
+        mask: [batch, token], True where there is a token; on the CPU.
+        special: [batch, token], True at BOS, separators and their kin; on the CPU.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor | None
+    decoder_ids: Tensor | None
+    token_ids: Tensor | None
+    labels: list[list[str]]
+    mask: Tensor
+    special: Tensor
+
+    def arguments(self, model: nn.Module) -> dict[str, Any]:
+        """The keyword arguments of the forward, apart from `inputs_embeds`."""
+        given = {
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "decoder_input_ids": self.decoder_ids,
+            "use_cache": False,
+        }
+        taken = signature(type(model).forward).parameters
+        return {name: value for name, value in given.items() if value is not None and name in taken}
+
+
+def task(model: nn.Module) -> str:
+    """What the model's head does: "causal", "masked", "sequence", "token" (classifiers) or "seq2seq".
+
+    Raises:
+        ValueError: the model has no head that can be explained.
+    """
+    suffixes = {
+        "ForSequenceClassification": "sequence",
+        "ForTokenClassification": "token",
+        "ForMaskedLM": "masked",
+        "ForQuestionAnswering": "",
+        "ForMultipleChoice": "",
+        "ForPreTraining": "",
+    }
+    for cls in type(model).__mro__:
+        for suffix, kind in suffixes.items():
+            if cls.__name__.endswith(suffix) and kind:
+                return kind
+            if cls.__name__.endswith(suffix):
+                _no_head(model)
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        _no_head(model)
+    return "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal"
+
+
+def _no_head(model: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"{type(model).__name__} has no head whose outputs attribute() can explain; it takes language models (causal, "
+        "masked, encoder-decoder) and sequence or token classifiers: load the model with such a class, or use "
+        "lxt.monkey_patch(model) and your own backward"
+    )
+
+
+def read(inputs: object, model: nn.Module, tokenizer: Any = None) -> list[Row]:
+    """The prompts as rows, checked against the model's vocabulary, width and context.
+
+    Raises:
+        TypeError: not a kind of input that is accepted.
+        ValueError: empty, too long, out of the vocabulary, not finite, or of the wrong shape.
+    """
+    if isinstance(inputs, str):
+        rows = [_text(inputs, tokenizer)]
+    elif isinstance(inputs, Tensor):
+        rows = _tensor(inputs, model)
+    elif isinstance(inputs, (list, tuple)) and inputs:
+        if all(isinstance(item, Mapping) for item in inputs):
+            rows = [_chat(inputs, tokenizer)]
+        elif all(isinstance(item, Integral) and not isinstance(item, bool) for item in inputs):
+            rows = [_ids(inputs)]
+        else:
+            rows = [_row(item, model, tokenizer) for item in inputs]
+    elif isinstance(inputs, (list, tuple)):
+        raise ValueError(f"inputs is an empty {type(inputs).__name__}; give at least one prompt: {ACCEPTED}")
+    else:
+        raise TypeError(f"inputs must be {ACCEPTED}; got {type(inputs).__name__}")
+    for index, row in enumerate(rows):
+        check_row(row, model, f"prompt {index}" if len(rows) > 1 else "the prompt")
+    return rows
+
+
+def _row(item: object, model: nn.Module, tokenizer: Any) -> Row:
+    if isinstance(item, str):
+        return _text(item, tokenizer)
+    if isinstance(item, Tensor):
+        rows = _tensor(item, model)
+        if len(rows) == 1:
+            return rows[0]
+    if isinstance(item, (list, tuple)):
+        if not item:
+            raise ValueError("a prompt is an empty list; every prompt needs at least one token")
+        if all(isinstance(part, Mapping) for part in item):
+            return _chat(item, tokenizer)
+        if all(isinstance(part, Integral) and not isinstance(part, bool) for part in item):
+            return _ids(item)
+    raise TypeError(f"a list of inputs must hold prompts of one kind ({ACCEPTED}); it holds a {type(item).__name__}")
+
+
+def _text(text: str, tokenizer: Any) -> Row:
+    if not text:
+        raise ValueError("the text is empty; give at least one character to explain")
+    _need(tokenizer, "text")
+    try:
+        ids = tokenizer(text)["input_ids"]
+    except (UnicodeError, TypeError) as error:
+        raise ValueError(f"the tokenizer cannot read the text ({error}); is it valid Unicode?") from error
+    if not ids:
+        raise ValueError(f"the text {text!r} has no tokens in this tokenizer; give text that it can represent")
+    return _ids(ids)
+
+
+def _chat(messages: Sequence[Any], tokenizer: Any) -> Row:
+    _need(tokenizer, "chat messages")
+    for message in messages:
+        if not {"role", "content"} <= set(message):
+            raise ValueError(f"a chat message needs 'role' and 'content', got the keys {sorted(map(str, message))}")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template, so chat messages cannot become a prompt; pass the text itself, or "
+            "set tokenizer.chat_template"
+        )
+    # The template writes the special tokens itself; tokenising its output once, without adding any, keeps one BOS.
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    if not ids:
+        raise ValueError("the chat template turned the messages into an empty prompt; give a message with content")
+    return _ids(ids)
+
+
+def _need(tokenizer: Any, what: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"{what} needs a tokenizer: lxt.load(model, tokenizer); without one, pass token ids")
+
+
+def _ids(ids: Sequence[Any]) -> Row:
+    return Row(tuple(int(token) for token in ids))
+
+
+def _tensor(tensor: Tensor, model: nn.Module) -> list[Row]:
+    if tensor.is_floating_point():
+        if tensor.dim() not in (2, 3):
+            raise ValueError(
+                f"embeddings must be [batch, token, hidden] or [token, hidden], got the shape {tuple(tensor.shape)}"
+            )
+        return [Row(embeds=row) for row in (tensor if tensor.dim() == 3 else tensor[None]).detach()]
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"a tensor of {tensor.dtype} is neither token ids nor embeddings; inputs are {ACCEPTED}")
+    if tensor.dim() not in (1, 2):
+        raise ValueError(
+            f"integers are token ids and must be [token] or [batch, token], got {tensor.dtype} of the shape "
+            f"{tuple(tensor.shape)}; embeddings must be floating point"
+        )
+    return [_ids(row) for row in (tensor if tensor.dim() == 2 else tensor[None]).tolist()]
+
+
+def check_row(row: Row, model: nn.Module, name: str) -> None:
+    """Refuse what the model cannot run on: no tokens, unknown ids, a wrong width, more tokens than the context.
+
+    Raises:
+        ValueError: says which of these it was.
+    """
+    if not len(row):
+        raise ValueError(f"{name} has no tokens; give at least one")
+    size, width = _embedding(model).weight.shape
+    wrong = [token for token in (*row.ids, *row.decoder) if not 0 <= token < size]
+    if wrong:
+        raise ValueError(
+            f"{name} holds the token id {wrong[0]}, and the vocabulary of {type(model).__name__} has ids 0 to "
+            f"{size - 1}; is it another model's tokenizer?"
+        )
+    if row.embeds is not None and row.embeds.shape[-1] != width:
+        raise ValueError(
+            f"{name} has embeddings of shape {tuple(row.embeds.shape)}, and {type(model).__name__} takes "
+            f"[token, {width}]; get them from model.get_input_embeddings()(ids)"
+        )
+    if row.embeds is not None and not row.embeds.isfinite().all():
+        first = int((~row.embeds.isfinite()).any(-1).nonzero()[0])
+        raise ValueError(f"{name} has NaN or inf in its embeddings, first at token {first}; give finite numbers")
+    limit = context(model)
+    if limit is not None and len(row) > limit:
+        raise ValueError(
+            f"{name} has {len(row)} tokens, and the context of {type(model).__name__} is {limit}; shorten it, or "
+            "choose a model with a longer context"
+        )
+
+
+def context(model: nn.Module) -> int | None:
+    """How many tokens the model was made for, None where its configuration does not say."""
+    config = model.config.get_text_config()
+    limit = next((getattr(config, n) for n in ("max_position_embeddings", "max_seq_len") if hasattr(config, n)), None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    # RoBERTa and its kin count positions from padding_idx + 1, in a table that holds those rows too.
+    return limit - (config.pad_token_id or 0) - 1 if _offset_positions(model) else limit
+
+
+def batches(rows: Sequence[Row], model: nn.Module, batch_size: int | None = None) -> list[list[int]]:
+    """Which rows run together: lists of row indices, at most `batch_size` long."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a whole number >= 1 or None, got {batch_size!r}")
+    limit = batch_size or len(rows)
+    if task(model) == "sequence" and model.config.get_text_config().pad_token_id is None:
+        limit = 1  # transformers' causal classifiers refuse more rows when no padding token is defined
+    order = range(len(rows)) if limit >= len(rows) else sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    groups = [list(order)]
+    if not pads_left(model):
+        by_length = sorted(order, key=lambda i: len(rows[i]))
+        groups = [list(group) for _, group in groupby(by_length, key=lambda i: len(rows[i]))]
+    return [group[start : start + limit] for group in groups for start in range(0, len(group), limit)]
+
+
+def pads_left(model: nn.Module) -> bool:
+    """Whether padding on the left with explicit positions leaves the other tokens' numbers alone.
+
+    So it is for causal attention with positions 0, 1, 2 …; not where positions have an offset (RoBERTa), depend on
+    the longest row (dynamic RoPE), or where tokens mix by convolution or recurrence.
+    """
+    if "position_ids" not in signature(type(model).forward).parameters or task(model) == "seq2seq":
+        return False
+    config = model.config.get_text_config()
+    flags = {m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (
+        flags == {True}
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not any(isinstance(module, nn.Conv1d) for module in model.modules())
+        and not any(word in str(getattr(config, "rope_parameters", "")) for word in ("dynamic", "longrope"))
+        and not _offset_positions(model)
+    )
+
+
+def _offset_positions(model: nn.Module) -> bool:
+    return any(hasattr(module, "create_position_ids_from_inputs_embeds") for module in model.modules())
+
+
+def prepare(rows: Sequence[Row], model: nn.Module, tokenizer: Any = None) -> Prepared:
+    """The rows as one batch, on the device and in the dtype of the model's embeddings.
+
+    Raises:
+        ValueError: an embedding is not finite; the parameter to blame is named.
+    """
+    embedding, width = _embedding(model), max(len(row) for row in rows)
+    device = _device(embedding)
+    parts = []
+    for row in rows:
+        ids = torch.tensor([0] * (width - len(row)) + list(row.ids), dtype=torch.long, device=device)
+        with torch.no_grad():
+            looked_up = embedding(ids[None])[0]
+        if row.embeds is not None:
+            pad, rest = width - len(row), len(row) - len(row.ids)
+            given = row.embeds.to(looked_up)
+            looked_up = torch.cat([looked_up[:pad], given, looked_up[pad:]]) if rest else looked_up
+        parts.append(looked_up)
+    embeds = torch.stack(parts).detach()
+    if not embeds.isfinite().all():
+        raise ValueError(f"the model's embeddings are not finite: {offender(model)}; load the weights again")
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    labels, special, token_ids = [], [], []
+    for row in rows:
+        names, marks = display(row.ids, tokenizer, model.config)
+        given = 0 if row.embeds is None else len(row.embeds)
+        left = [""] * (width - len(row)) + [str(position) for position in range(given)]
+        labels.append(left + names)
+        special.append([False] * len(left) + marks)
+        token_ids.append([0] * len(left) + list(row.ids))
+    steps = max(len(row.decoder) for row in rows)
+    decoder = [[*row.decoder, *[row.decoder[-1]] * (steps - len(row.decoder))] for row in rows] if steps else None
+    positions = (mask.cumsum(-1) - 1).clamp(min=0).to(device) if pads_left(model) else None
+    return Prepared(
+        embeds=embeds,
+        attention_mask=mask.long().to(device),
+        position_ids=positions,
+        decoder_ids=torch.tensor(decoder, device=device) if decoder else None,
+        token_ids=torch.tensor(token_ids) if all(row.embeds is None for row in rows) else None,
+        labels=labels,
+        mask=mask,
+        special=torch.tensor(special),
+    )
+
+
+def _embedding(model: nn.Module) -> nn.Module:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is None or getattr(embedding, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no input embeddings over tokens, which attribute() starts from")
+    return embedding
+
+
+def _device(embedding: nn.Module) -> torch.device:
+    if embedding.weight.device.type != "meta":
+        return embedding.weight.device
+    return torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or "cpu")
+
+
+def offender(model: nn.Module) -> str:
+    """Names the first parameter or buffer that holds NaN or inf, for error messages."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.device.type != "meta" and value.is_floating_point() and not value.isfinite().all():
+            return f"the weight {name} holds NaN or inf"
+    return "every weight is finite, so the numbers overflow on the way (try dtype='bfloat16' or 'float32')"

@@ -1,0 +1,80 @@
+"""Fetch a model and its tokenizer by name, never running code that comes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["dtype_of", "model_of", "tokenizer_of"]
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of that name.
+
+    Raises:
+        ValueError: there is none, or it isn't floating point.
+    """
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"unknown dtype {dtype!r}; allowed: float32, bfloat16, float16, float64, or a torch.dtype")
+    return found
+
+
+def model_of(name: str, dtype: torch.dtype | None) -> Any:
+    """The pretrained model of that name, with the head that its configuration names.
+
+    Raises:
+        ValueError: there is none, or its head is none that can be explained.
+    """
+    import transformers
+
+    heads = {
+        "ForCausalLM": transformers.AutoModelForCausalLM,
+        "LMHeadModel": transformers.AutoModelForCausalLM,
+        "ForMaskedLM": transformers.AutoModelForMaskedLM,
+        "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+        "ForTokenClassification": transformers.AutoModelForTokenClassification,
+        "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
+    }
+    config = _fetched(transformers.AutoConfig, name, "model")
+    architecture = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
+    suffix = next((suffix for suffix in heads if architecture.endswith(suffix)), None)
+    if suffix is None:
+        raise ValueError(
+            f"{name!r} is a {architecture}, which has no head that attribute() can explain; heads it can: "
+            f"{', '.join(heads)}. Load it yourself with such a class and pass the instance"
+        )
+    auto = heads[suffix]
+    if suffix == "ForConditionalGeneration" and not config.is_encoder_decoder:
+        auto = transformers.AutoModelForImageTextToText
+    return _fetched(auto, name, "model", **({} if dtype is None else {"dtype": dtype}))
+
+
+def tokenizer_of(name: str | Path) -> Any:
+    """The pretrained tokenizer of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import transformers
+
+    return _fetched(transformers.AutoTokenizer, str(name), "tokenizer")
+
+
+def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
+    """`auto.from_pretrained`, with one clear error when there is nothing of that name."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ValueError(f'no {what} at {name!r}: there is no such folder; give a folder, a name on the hub, or "tiny"')
+    try:
+        return auto.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f'cannot load the {what} {name!r}: it is neither "tiny" nor a folder here with its files, and the hub gave '
+            f"none ({reason}); check the name and the network. Code that comes with a model is never run"
+        ) from error

@@ -1,0 +1,340 @@
+"""One handler per kind of operation, and the table of all handlers for a composite.
+
+A handler is called as handler(func, args, kwargs) in place of func(*args, **kwargs), with gradients on. Two marks
+ride on tensors: "gate", the output of an activation function, and "weights", the output of a softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lxt import linear_rules, opnames, rules
+from lxt.attention import scaled_dot_product_attention
+from lxt.coefficients import ratio
+from lxt.composites import Composite, Epsilon
+
+__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark"]
+
+Handler = Callable[[Callable, tuple[Any, ...], dict[str, Any]], Any]
+
+_MARK = "_lxt_mark"
+SMALLEST_GATE_SCALAR = 1e-2  # a larger Python scalar added to an activation makes a gate; a smaller one is an epsilon
+
+
+def activations(value: Any) -> list[Tensor]:
+    """The tensors that require grad in nested tuples, lists and dicts, in order."""
+    return list(_walk(value))
+
+
+def _walk(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _walk(item)
+    elif isinstance(value, dict):
+        yield from _walk(tuple(value.values()))
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _stop_all(value: Any) -> Any:
+    """`value` with every activation in it made a constant."""
+    if isinstance(value, Tensor):
+        return rules.stop(value) if value.requires_grad else value
+    if isinstance(value, (tuple, list)):
+        return type(value)([_stop_all(item) for item in value])
+    return {key: _stop_all(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _mark_of(value: Any) -> str | None:
+    return getattr(value, _MARK, None)
+
+
+def mark(result: Any, name: str | None) -> Any:
+    """`result`, with the mark `name` on it, or on each of its tensors."""
+    for tensor in (result,) if isinstance(result, Tensor) else result:
+        setattr(tensor, _MARK, name)
+    return result
+
+
+def copy_mark(source: Any, result: Any) -> Any:
+    """`result`, with the mark of `source`, if it has one."""
+    name = _mark_of(source)
+    return result if name is None else mark(result, name)
+
+
+def _constant(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*_stop_all(args), **_stop_all(kwargs))
+
+
+def _norm_part(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if composite.norm == "gradient":
+        raise ValueError(
+            f"Composite(norm='gradient') can't reach a norm that is written out in operations "
+            f"({opnames.operation_name(func)}): its products would still be shared. Use norm='identity', or "
+            "product='gradient' as well"
+        )
+    return _constant(func, args, kwargs)
+
+
+def _shared(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product of all its operands: 1/n for each of n activations."""
+    result = func(*args, **kwargs)
+    factors = len(activations((args, kwargs)))
+    return result if factors < 2 else rules.scale_gradient(result, 1 / factors)
+
+
+def _product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a, b = (*args, *kwargs.values())[:2]
+    if not (_is_activation(a) and _is_activation(b)):
+        return copy_mark(a if _is_activation(a) else b, func(*args, **kwargs))
+    for stops, name in ((composite.router == "stop", "weights"), (composite.product == "stop_gate", "gate")):
+        if stops and (_mark_of(a) == name) != (_mark_of(b) == name):
+            return func(rules.stop(a), b) if _mark_of(a) == name else func(a, rules.stop(b))
+    return rules.scale_gradient(func(*args, **kwargs), 0.5)
+
+
+def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    query, key, value = composite.qkv
+    if composite.attention == "value_only" or (query, key, value) == (0.25, 0.25, 0.5):
+        return _shared(func, args, kwargs)
+    if query != key:
+        raise ValueError(
+            f"Composite(qkv={composite.qkv}) with different factors for query and key can't reach attention that is "
+            'written out as matrix products; use model.set_attn_implementation("sdpa"), or equal factors'
+        )
+    if len(args) != 2 or not all(map(_is_activation, args)) or "weights" not in map(_mark_of, args):
+        return _shared(func, args, kwargs)
+    # q k^T gives both one half; the rest of their factor goes on the weights.
+    return func(*(rules.scale_gradient(x, 2 * query if _mark_of(x) == "weights" else value) for x in args), **kwargs)
+
+
+def _sum_of_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    summand, a, b, *rest = args
+    if _is_activation(a) and _is_activation(b):
+        kind = composite.product if opnames.operation_name(func).startswith("addcmul") else composite.attention
+        if kind != "gradient":
+            a, b = rules.scale_gradient(a, 0.5), rules.scale_gradient(b, 0.5)
+    return func(summand, a, b, *rest, **kwargs)
+
+
+def _addmm(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if composite.linear == Epsilon() or kwargs or len(args) != 3 or _is_activation(args[2]):
+        return _sum_of_product(composite, func, args, kwargs)
+    bias, x, weight = args
+    return linear_rules.linear(x, weight, bias, lambda x, w, b: x @ w if b is None else func(b, x, w), composite.linear)
+
+
+def _linear_layer(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, *rest = args
+    if _is_activation(weight):
+        return rules.scale_gradient(func(*args, **kwargs), 0.5 if _is_activation(x) else 1)
+    if composite.linear == Epsilon():
+        return func(*args, **kwargs)
+    bias = rest.pop(0) if rest else kwargs.get("bias")
+    options = {key: value for key, value in kwargs.items() if key != "bias"}
+    return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **options), composite.linear)
+
+
+def _division(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return copy_mark(args[0], func(args[0], *_stop_all(args[1:]), **_stop_all(kwargs)))
+
+
+def _power(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    base, exponent = (*args, *kwargs.values())[:2]
+    if not _is_activation(base) or not isinstance(exponent, (int, float)) or exponent < 1:
+        return _constant(func, args, kwargs)
+    return rules.scale_gradient(func(*args, **kwargs), 1 / float(exponent))
+
+
+def _square(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return rules.scale_gradient(func(*args, **kwargs), 0.5)
+
+
+def _scalar_sum(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A Python scalar added to an activation absorbs relevance: the sum is a gate, a constant."""
+    scalars = (x for x in (*args, *kwargs.values()) if isinstance(x, (int, float)))
+    gate = any(abs(scalar) > SMALLEST_GATE_SCALAR for scalar in scalars)
+    return _constant(func, args, kwargs) if gate and len(args) == 2 else func(*args, **kwargs)
+
+
+def _scalar_sum_in_place(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], (int, float)) and abs(args[1]) > SMALLEST_GATE_SCALAR:
+        return args[0].copy_(func(rules.stop(args[0]).clone(), args[1]))
+    return func(*args, **kwargs)
+
+
+def _gelu(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    approximate = args[1] if len(args) > 1 else kwargs.get("approximate", "none")
+    return _closed_form("gelu_tanh" if approximate == "tanh" else "gelu", func, args, kwargs)
+
+
+def _closed_form(form: str, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, *rest = args if args else (kwargs["input"],)
+    options = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
+    in_place = kwargs.get("inplace") or (rest and rest[0] is True)
+    if in_place:
+        x, target, rest = x.clone(), x, []
+    result = rules.identity(x, lambda x: func(x, *rest, **options), form)
+    return mark(target.copy_(result) if in_place else result, "gate")
+
+
+def _by_ratio(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, rest = args[0], _stop_all(args[1:])
+    options = _stop_all({key: value for key, value in kwargs.items() if key != "inplace"})
+    if not any(isinstance(value, Tensor) for value in (*rest, *options.values())):
+        at_zero = func(torch.zeros(1), *rest, **options)
+    else:
+        at_zero = func(torch.zeros_like(x), *rest, **options)
+    if bool((at_zero != 0).any()):  # a lower bound above 0 and kin
+        result = func(rules.stop(x), *rest, **options)
+    else:
+
+        def function(x: Tensor) -> Tensor:
+            return func(x, *rest, **options)
+
+        dtype = x.dtype
+        base = x.clone() if kwargs.get("inplace") else x
+        result = mark(rules.identity(base, function, lambda x: ratio(function(x.to(dtype)).to(x.dtype), x)), "gate")
+    return copy_mark(result, x.copy_(result)) if kwargs.get("inplace") else result
+
+
+def _marking_gate(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return mark(func(*args, **kwargs), "gate")
+
+
+def _softmax(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if composite.attention == "value_only":
+        return _constant(func, args, kwargs)
+    if composite.softmax_temperature == 1:
+        return mark(func(*args, **kwargs), "weights")
+    named = dict(zip(("input", "dim", "dtype"), args, strict=False)) | kwargs
+    weights = rules.tempered_softmax(named["input"], named["dim"], named.get("dtype"), composite.softmax_temperature)
+    return mark(weights, "weights")
+
+
+def _layer_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    kwargs = {key: value for key, value in kwargs.items() if key != "cudnn_enable"}
+    args = (args[0], tuple(args[1]), *args[2:5]) if len(args) > 1 else args
+    return rules.layer_norm(*args, **kwargs)
+
+
+def _rms_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    named = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+    return rules.rms_norm_function(named["input"], named["normalized_shape"], named.get("weight"), named.get("eps"))
+
+
+def _group_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    kwargs = {key: value for key, value in kwargs.items() if key != "cudnn_enabled"}
+    return rules.group_norm(*args[:5], **kwargs)
+
+
+def _sdpa(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return scaled_dot_product_attention(composite, *args, **kwargs)
+
+
+def _glu(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return rules.glu(*args, **kwargs)
+
+
+def _no_dropout(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs["input"]
+    return (x, torch.ones_like(x, dtype=torch.bool)) if opnames.operation_name(func) == "native_dropout" else x
+
+
+def _only_activations(handler: Handler) -> Handler:
+    """Runs an operation as it is where no operand is an activation."""
+
+    def handle(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for value in args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return handler(func, args, kwargs)
+        return handler(func, args, kwargs) if activations((args, kwargs)) else func(*args, **kwargs)
+
+    return handle
+
+
+def _in_place(handler: Handler, out_of_place: Callable) -> Handler:
+    """An in-place operation computed out of place, on a copy, then copied back: what was saved stays as it was."""
+
+    def handle(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = handler(out_of_place, (args[0].clone(), *args[1:]), kwargs)
+        return mark(args[0].copy_(result), _mark_of(result))
+
+    return handle
+
+
+def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, Handler]:
+    """Operation name -> handler, for `composite`.
+
+    Args:
+        composite: its fields choose the handlers.
+        operations: names -> "identity", "product" or "constant", added to the known ones.
+
+    Raises:
+        ValueError: an unknown kind in `operations`.
+    """
+    table: dict[str, Handler] = {}
+
+    def use(names: Any, handler: Handler) -> None:
+        table.update(dict.fromkeys(names, handler))
+
+    table["scaled_dot_product_attention"] = partial(_sdpa, composite)
+    if composite.attention != "gradient":
+        use(opnames.MATRIX_PRODUCTS, partial(_matrix_product, composite))
+        use(opnames.SOFTMAX, partial(_softmax, composite))
+    elif composite.softmax_temperature != 1:
+        use(opnames.SOFTMAX, partial(_softmax, composite))
+    if composite.attention == "value_only":
+        use(("log_softmax",), _constant)
+    use(opnames.LINEAR_LAYERS, partial(_linear_layer, composite))
+    use(opnames.SUMS_OF_PRODUCT, partial(_sum_of_product, composite))
+    table["addmm"] = partial(_addmm, composite)
+    if composite.product != "gradient":
+        use(opnames.PRODUCTS, partial(_product, composite))
+        use(opnames.POWERS, _power)
+        use(opnames.CONSTANT, _constant)
+        use(opnames.DIVISIONS, _division)
+        use(opnames.REVERSE_DIVISIONS, _constant)
+        use(opnames.NORM_PARTS, partial(_norm_part, composite))
+        use(opnames.SCALAR_SUMS, _scalar_sum)
+        table |= {"square": _square, "glu": _glu}
+    if composite.norm == "identity":
+        table |= {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm}
+    identity = composite.activation == "identity"
+    for name, form in opnames.CLOSED_FORMS.items():
+        table[name] = partial(_closed_form, form) if identity else _marking_gate
+    use(opnames.BY_RATIO, _by_ratio if identity else _marking_gate)
+    table["gelu"] = _gelu if identity else _marking_gate
+
+    kinds: dict[str, Handler] = {"identity": _by_ratio, "product": _shared, "constant": _constant}
+    for name, kind in operations.items():
+        if kind in kinds:
+            table[name] = kinds[kind]
+        elif kind != "linear":
+            raise ValueError(f"operation {name!r} is declared {kind!r}; allowed: linear, {', '.join(kinds)}")
+
+    table |= {
+        name + "_": _in_place(handler, getattr(torch.Tensor, name))
+        for name, handler in table.items()
+        if hasattr(torch.Tensor, name + "_") and name not in opnames.SCALAR_SUMS
+    }
+    table |= {
+        name: _in_place(table[base], getattr(torch.Tensor, base))
+        for name, base in opnames.IN_PLACE_DUNDERS.items()
+        if base in table
+    }
+    if composite.product != "gradient":
+        use(("add_", "__iadd__", "sub_", "__isub__"), _scalar_sum_in_place)
+    table = {name: _only_activations(handler) for name, handler in table.items()}
+    use(opnames.DROPOUTS, _no_dropout)
+    return table

@@ -1,0 +1,419 @@
+"""monkey_patch: put a model under a composite's rules, and take it out again.
+
+1. Each module with a fused forward, each activation written in several operations, and each module that can be
+   called from outside (the target, nested pretrained models, the layers) gets a `forward` of its own.
+2. The outermost of them that is called enters RuleMode, makes the parameters constants, and has checkpointed
+   functions enter the mode again when the backward recomputes them.
+3. When it returns, the graph is searched for autograd functions that the mode can't see.
+4. `PatchHandle.remove` puts every `forward` back.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lxt.composites import Composite, resolve
+from lxt.graph import refuse_foreign_functions
+from lxt.mode import RuleMode
+from lxt.patches import fence_for, patch_map_for
+from lxt.patchmap import PatchMap
+
+__all__ = ["PatchHandle", "monkey_patch"]
+
+_ABSENT = object()
+_RUNNING: ContextVar[object | None] = ContextVar("lxt_running", default=None)
+# The one registry: which patch a module, or a transformers modeling module, belongs to. Weak on both sides, so that a
+# model that is dropped while patched is freed.
+_OWNERS: weakref.WeakKeyDictionary[Any, weakref.ref[_Patch]] = weakref.WeakKeyDictionary()
+_OWNERS_LOCK = threading.RLock()
+
+SUPPORTED_ATTENTION = ("eager", "sdpa")
+
+
+def monkey_patch(
+    target: nn.Module | ModuleType,
+    rules: str | Composite = "attnlrp",
+    patch_map: PatchMap | None = None,
+    verbose: bool = False,
+) -> PatchHandle:
+    """Put a model under the rules: one forward and one backward then give activation * gradient = relevance.
+
+    Logits stay what they were. Parameters are constants while the model runs, dropout is inactive, and other models
+    in the process are not touched.
+
+    Args:
+        target: a model, or a transformers modeling module (`transformers.models.llama.modeling_llama`): then every
+            model of the classes defined there, made before or after.
+        rules: "attnlrp", "cp", "gradient", or a Composite. Patching again switches the rules.
+        patch_map: fused forwards and declared operations; by default those of the target's architecture.
+        verbose: print what is patched.
+
+    Returns:
+        A handle: `.remove()` takes the rules off again, as leaving its `with` block does.
+
+    Raises:
+        TypeError: `target` is neither a model nor a module with model classes.
+        ValueError: unknown rules; a part of an already patched model; weights on the meta device; an attention
+            implementation or hub kernels without rules.
+    """
+    composite = resolve(rules)
+    if patch_map is not None and not isinstance(patch_map, PatchMap):
+        raise TypeError(f"patch_map must be an lxt.PatchMap, got {type(patch_map).__name__}; see lxt.patches")
+    if patch_map is not None and patch_map.rules is not None:
+        if rules not in ("attnlrp", patch_map.rules.name, patch_map.rules):
+            raise ValueError(
+                f"patch_map is made for the rules {patch_map.rules.name!r}, but rules={composite.name!r} was asked for; "
+                "leave one of them out"
+            )
+        composite = patch_map.rules
+    with _OWNERS_LOCK:
+        if isinstance(target, nn.Module):
+            _release(target)
+            patch: _Patch = _ModelPatch(target, composite, patch_map)
+        elif isinstance(target, ModuleType):
+            patch = _ClassesPatch(target, composite, patch_map)
+        else:
+            raise TypeError(
+                f"monkey_patch takes a model (torch.nn.Module) or a transformers modeling module, got "
+                f"{type(target).__name__}: pass the loaded model, not its name"
+            )
+    if verbose:
+        print(patch.describe())
+    return PatchHandle(patch)
+
+
+class PatchHandle:
+    """What monkey_patch returns: removes the rules, by `remove()` or at the end of a `with` block."""
+
+    def __init__(self, patch: _Patch) -> None:
+        self._patch = patch
+
+    @property
+    def rules(self) -> Composite:
+        """The composite in force."""
+        return self._patch.composite
+
+    @property
+    def active(self) -> bool:
+        """False after `remove()`, or after the target was patched again with other rules."""
+        return self._patch.active
+
+    def remove(self) -> None:
+        """Put every forward back as it was; harmless when done twice."""
+        with _OWNERS_LOCK:
+            self._patch.remove()
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<PatchHandle: {self._patch.describe()}{'' if self.active else ' (removed)'}>"
+
+
+class _Patch:
+    """Common to both kinds of target: a composite, and how to undo."""
+
+    def __init__(self, composite: Composite) -> None:
+        self.composite = composite
+        self.active = True
+        self._undo = ExitStack()
+
+    def remove(self) -> None:
+        self.active = False
+        self._undo.close()
+
+    def describe(self) -> str:
+        raise NotImplementedError
+
+
+class _ModelPatch(_Patch):
+    """The rules on one model instance."""
+
+    def __init__(self, model: nn.Module, composite: Composite, patch_map: PatchMap | None) -> None:
+        super().__init__(composite)
+        _refuse_what_has_no_rule(model)
+        self._model = weakref.ref(model)
+        self._map = patch_map_for(model) if patch_map is None else patch_map
+        self._mode = functools.partial(RuleMode, composite, self._map.operations)
+        self._mode()  # a wrong declaration fails here and not in the first forward
+        self._lock = threading.Lock()
+        self._runs = 0
+        self._frozen: list[nn.Parameter] = []
+        self.fused: dict[str, int] = {}
+        try:
+            for module in model.modules():
+                self._patch_module(module, is_target=module is model)
+                _own(module, self)
+        except BaseException:
+            self.remove()
+            raise
+
+    def describe(self) -> str:
+        model = self._model()
+        fused = ", ".join(f"{count} × {name}" for name, count in self.fused.items()) or "the operator mode alone"
+        return f"{type(model).__name__} under {self.composite.name!r}: {fused}"
+
+    def _patch_module(self, module: nn.Module, is_target: bool) -> None:
+        name = type(module).__name__
+        factory = self._map.forwards.get(name) or fence_for(module)
+        forward = factory(module, self.composite) if factory else None
+        if forward is not None:
+            self._undo.callback(_swap_forward(module, self._fused(forward)))
+            self.fused[name] = self.fused.get(name, 0) + 1
+        if is_target or _is_entry(module):
+            self._undo.callback(_swap_forward(module, self._entry))
+
+    def _fused(self, forward: Callable) -> Callable[[Callable], Callable]:
+        def make(previous: Callable) -> Callable:
+            def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                if self.active and torch.is_grad_enabled():
+                    return forward(module, *args, **kwargs)
+                return previous(module, *args, **kwargs)
+
+            return fused_forward
+
+        return make
+
+    def _entry(self, previous: Callable) -> Callable:
+        def entered_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.active or _RUNNING.get() is not None:
+                return previous(module, *args, **kwargs)
+            return self.run(functools.partial(previous, module), args, kwargs)
+
+        return entered_forward
+
+    def run(self, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward(*args, **kwargs)` under the rules, as the outermost forward."""
+        with self._running():
+            output = forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            refuse_foreign_functions(output, (args, kwargs), self._map.operations)
+        return output
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        token = _RUNNING.set(self)
+        try:
+            with self._constant_parameters(), self._checkpoints_under_rules(), self._mode():
+                yield
+        finally:
+            _RUNNING.reset(token)
+
+    @contextmanager
+    def _constant_parameters(self) -> Iterator[None]:
+        """Parameters don't require grad meanwhile; counted, since several threads may run one model."""
+        with self._lock:
+            self._runs += 1
+            if self._runs == 1:
+                model = self._model()
+                parameters = model.parameters() if model is not None else ()
+                self._frozen = [parameter for parameter in parameters if parameter.requires_grad]
+                for parameter in self._frozen:
+                    parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._runs -= 1
+                if self._runs == 0:
+                    for parameter in self._frozen:
+                        parameter.requires_grad_(True)
+                    self._frozen = []
+
+    @contextmanager
+    def _checkpoints_under_rules(self) -> Iterator[None]:
+        """Functions that the model checkpoints enter the mode again when the backward recomputes them."""
+        model = self._model()
+        with ExitStack() as undo:
+            for module in model.modules() if model is not None and torch.is_grad_enabled() else ():
+                checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+                if checkpoint is None or not getattr(module, "gradient_checkpointing", False):
+                    continue
+                if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+                    raise ValueError(
+                        "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; use "
+                        'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+                    )
+                module.__dict__["_gradient_checkpointing_func"] = functools.partial(self._checkpoint, checkpoint)
+                undo.callback(module.__dict__.__setitem__, "_gradient_checkpointing_func", checkpoint)
+            yield
+
+    def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        def under_rules(*args: Any, **kwargs: Any) -> Any:
+            if _RUNNING.get() is not None:
+                return function(*args, **kwargs)
+            with self._running():
+                return function(*args, **kwargs)
+
+        return checkpoint(under_rules, *args, **kwargs)
+
+
+class _ClassesPatch(_Patch):
+    """The rules on every model of the classes of a modeling module: each instance is patched when first called."""
+
+    def __init__(self, module: ModuleType, composite: Composite, patch_map: PatchMap | None) -> None:
+        super().__init__(composite)
+        self._name, self._map = module.__name__, patch_map
+        classes = _model_classes(module)
+        if not classes:
+            raise TypeError(f"module {module.__name__!r} defines no model class; pass a modeling module or a model")
+        previous = _owner(module)
+        if previous is not None:
+            previous.remove()
+        for cls in classes:
+            self._patch_class(cls)
+        self.classes = [cls.__name__ for cls in classes]
+        _own(module, self)
+
+    def describe(self) -> str:
+        return f"{self._name} under {self.composite.name!r}: {', '.join(self.classes)}"
+
+    def _patch_class(self, cls: type[nn.Module]) -> None:
+        own, previous = cls.__dict__.get("forward", _ABSENT), cls.forward
+
+        @functools.wraps(previous)
+        def entered_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.active or _RUNNING.get() is not None:
+                return previous(model, *args, **kwargs)
+            return self._adopt(model).run(functools.partial(previous, model), args, kwargs)
+
+        cls.forward = entered_forward
+        self._undo.callback(_restore_class_forward, cls, entered_forward, own)
+
+    def _adopt(self, model: nn.Module) -> _ModelPatch:
+        with _OWNERS_LOCK:
+            owner = _owner(model)
+            if isinstance(owner, _ModelPatch):
+                return owner
+            patch = _ModelPatch(model, self.composite, self._map)
+            self._undo.callback(_remove_if_alive, weakref.ref(patch))
+            return patch
+
+
+def _own(module: Any, patch: _Patch) -> None:
+    """Enter `module` into the registry, until `patch` is removed."""
+    _OWNERS[module] = weakref.ref(patch)
+    patch._undo.callback(_OWNERS.pop, module, None)
+
+
+def _owner(module: Any) -> _Patch | None:
+    reference = _OWNERS.get(module)
+    return None if reference is None else reference()
+
+
+def _remove_if_alive(reference: weakref.ref[_Patch]) -> None:
+    patch = reference()
+    if patch is not None:
+        patch.remove()
+
+
+def _restore_class_forward(cls: type[nn.Module], ours: Callable, own: Any) -> None:
+    if cls.__dict__.get("forward") is not ours:
+        return  # somebody wrapped it since; ours is inactive and passes calls through
+    if own is _ABSENT:
+        del cls.forward
+    else:
+        cls.forward = own
+
+
+def _release(target: nn.Module) -> None:
+    """Take off what already patches exactly this model; refuse a part of a patched one."""
+    for module in target.modules():
+        owner = _owner(module)
+        if not isinstance(owner, _ModelPatch):
+            continue
+        if owner._model() is not target:
+            raise ValueError(
+                f"{type(target).__name__} shares modules with a patched {type(owner._model()).__name__}: "
+                "remove that patch first"
+            )
+        owner.remove()
+        return
+
+
+def _is_entry(module: nn.Module) -> bool:
+    """Whether users call it by itself: pretrained models inside the target, and checkpointed layers."""
+    return hasattr(type(module), "_gradient_checkpointing_func") or any(
+        cls.__name__ in ("PreTrainedModel", "GradientCheckpointingLayer") for cls in type(module).__mro__
+    )
+
+
+def _model_classes(module: ModuleType) -> list[type[nn.Module]]:
+    """The pretrained-model classes defined in the module; where it has none, its outermost nn.Modules."""
+    classes = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module.__name__
+    ]
+    pretrained = [cls for cls in classes if any(base.__name__ == "PreTrainedModel" for base in cls.__mro__)]
+    return [cls for cls in pretrained or classes if cls.forward is not nn.Module.forward]
+
+
+def _swap_forward(module: nn.Module, make: Callable[[Callable], Callable]) -> Callable[[], None]:
+    """Give one module instance another forward; returns how to put the former one back.
+
+    accelerate keeps its hook in the instance's `forward` and the model's own in `_old_forward`, so where its hook is
+    on, ours goes below it.
+    """
+    own = module.__dict__
+    slot = "_old_forward" if "_old_forward" in own else "forward"
+    previous = own.get(slot, _ABSENT)
+
+    def call_previous(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs) if previous is _ABSENT else previous(*args, **kwargs)
+
+    replacement = MethodType(functools.wraps(type(module).forward)(make(call_previous)), module)
+    own[slot] = replacement
+
+    def restore() -> None:
+        for slot in ("forward", "_old_forward"):
+            if own.get(slot) is not replacement:
+                continue
+            if previous is not _ABSENT:
+                own[slot] = previous
+            elif slot == "forward":
+                del own[slot]
+            else:  # accelerate came after us and took ours for the model's own
+                own[slot] = MethodType(type(module).forward, module)
+
+    return restore
+
+
+def _refuse_what_has_no_rule(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not _is_offloaded(model, name):
+            raise ValueError(
+                f"parameter {name!r} is on the meta device: the model has no weights; load it with from_pretrained, "
+                "or dispatch it with accelerate"
+            )
+    if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
+        raise ValueError(
+            "the model runs hub kernels, which have no rules; load it with use_kernels=False (or call "
+            "model.use_kernels = False) before patching"
+        )
+    config = getattr(model, "config", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    for name in implementation.values() if isinstance(implementation, dict) else (implementation,):
+        if name is not None and name not in SUPPORTED_ATTENTION:
+            raise ValueError(
+                f"attention implementation {name!r} has no rule; allowed: {', '.join(SUPPORTED_ATTENTION)}: call "
+                'model.set_attn_implementation("sdpa") first'
+            )
+
+
+def _is_offloaded(model: nn.Module, parameter: str) -> bool:
+    owner = model.get_submodule(parameter.rpartition(".")[0])
+    return any(hasattr(module, "_hf_hook") for module in (owner, model))

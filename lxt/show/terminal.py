@@ -1,0 +1,148 @@
+"""The terminal view: coloured tokens first, then what they add up to, then the strongest ones by name.
+
+Without colour (NO_COLOR, a pipe, a dumb terminal) the strongest tokens stand between marks in the text, and the ranked
+list tells the rest; without Unicode everything is written in what the encoding has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from lxt.show import colors
+from lxt.show.rows import Row, rows, unit
+from lxt.show.words import amount, listed, shorten, signed
+
+if TYPE_CHECKING:
+    from lxt.attribution import Attribution
+
+__all__ = ["render", "show"]
+
+_FAINT = 0.06  # of the scale: below it a token keeps the terminal's own colours
+_FILLED = 0.2  # from here on the background is coloured; in between only the letters are
+_MARKED = 0.25  # without colour, tokens from this share of the scale on are marked in the text
+_BAR = 24
+_PLAIN = str.maketrans(
+    {"Σ": "sum of", "−": "-", "…": "...", "█": "#", "▏": "|", "·": "-", "␣": "_", "«": "<<", "»": ">>"}
+)
+
+
+def show(attribution: Attribution, special: bool, scale_special: bool, top: int, limit: int) -> None:
+    """Display in the notebook that runs this, otherwise print; at most `limit` rows."""
+    console = Console(highlight=False)
+    if console.is_jupyter:
+        from IPython.display import HTML, display  # type: ignore[import-not-found]
+
+        from lxt.show.html import fragment
+
+        display(HTML(fragment(attribution, limit, special, scale_special)))
+        return
+    render(attribution, console, special, scale_special, top, limit)
+
+
+def render(
+    attribution: Attribution,
+    console: Console,
+    special: bool = True,
+    scale_special: bool = False,
+    top: int = 8,
+    limit: int = 20,
+) -> None:
+    """Print to a console; options as in `Attribution.show`."""
+    for row in rows(attribution, special, scale_special):
+        if row.number == limit:
+            left = len(attribution) - limit
+            _print(console, Text(f"… {left} more rows: out[{limit}].show() and on, or out.to_html(path)", style="dim"))
+            break
+        if row.number:
+            _print(console, Text("─" * min(60, console.width), style="dim"))
+        coloured = console.color_system is not None and not console.no_color
+        for line in _lines(row, coloured, top, console.width):
+            _print(console, line)
+
+
+def _print(console: Console, line: Text) -> None:
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    try:
+        line.plain.encode(encoding)
+    except UnicodeEncodeError:
+        text = line.plain.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+        line = Text(text)
+    console.print(line, soft_wrap=False, overflow="fold")
+
+
+def _lines(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
+    head = Text.assemble(("What speaks for ", ""), (row.target, "bold"), (f"?  {row.value}", ""))
+    head.append(f"   {shorten(row.model)} · {shorten(row.rules)}", "dim")
+    lines = [head, Text(), _running(row, coloured), Text()]
+    if coloured:
+        lines.append(_legend(row))
+    if row.predicted:
+        lines.append(Text(f"predicts {row.predicted}"))
+    lines.append(Text(row.conserved))
+    if row.note:
+        lines.append(Text(row.note, style="dim"))
+    return [*lines, Text(), *_ranking(row, coloured, top, width)]
+
+
+def _running(row: Row, coloured: bool) -> Text:
+    text, fresh = Text(), True
+    for i, token in enumerate(row.tokens):
+        word = token.lstrip(" ") or token
+        text.append(" " * (len(token) - len(word)))
+        shown = shorten(word) if word else "∅"
+        if row.muted[i]:
+            text.append(shown, "dim")
+        elif coloured:
+            text.append(shown, _style(row.fractions[i]))
+        elif abs(row.fractions[i]) >= _MARKED:
+            text.append(f"«{shown}»", "bold")
+        else:
+            text.append(shown)
+        breaks = "\n" in token
+        if breaks and not fresh:
+            text.append("\n")
+        fresh = breaks
+    return text
+
+
+def _style(fraction: float) -> Style:
+    if abs(fraction) < _FAINT:
+        return Style()
+    color = colors.terminal(fraction)
+    if abs(fraction) < _FILLED:
+        return Style(color=colors.css(colors.terminal(0.55 if fraction > 0 else -0.55)))
+    return Style(color=colors.css(colors.ink(color)), bgcolor=colors.css(color), bold=abs(fraction) > 0.5)
+
+
+def _legend(row: Row) -> Text:
+    end = amount(row.scale)
+    text = Text(f"lowers −{end} ", style="dim")
+    for step in range(-6, 7):
+        text.append("  " if step else " 0 ", _style(step / 6))
+    text.append(f" +{end} raises · {unit(row.explained.kind)}", "dim")
+    return text
+
+
+def _ranking(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
+    best = row.ranked(top)
+    if not best:
+        return [Text("no token has any relevance", style="dim")]
+    room = max(8, min(40, width - _BAR - 20))
+    names = [Text(listed(row.tokens[i], min(24, room))) for i in best]
+    for name in names:
+        name.truncate(room, overflow="ellipsis")
+    longest = max(name.cell_len for name in names)
+    scores = [signed(row.scores[i]) for i in best]
+    widest = max(map(cell_len, scores))
+    lines = []
+    for i, name, score in zip(best, names, scores, strict=True):
+        bar = "█" * max(1, round(_BAR * abs(row.scores[i]) / row.scale))
+        end = colors.css(colors.terminal(1.0 if row.scores[i] > 0 else -1.0))
+        line = Text.assemble(f"{score:>{widest}}  ", name, " " * (longest - name.cell_len + 2))
+        lines.append(line.append(bar, Style(color=end) if coloured else ""))
+    return lines

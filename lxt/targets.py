@@ -1,0 +1,390 @@
+"""What is explained: a token's logit or probability, a contrast, a sequence, a class, or any function of the logits.
+
+1. `resolve` makes one `Goal` for each row out of what the user gave, before the forward: token ids, the positions
+   whose logits are needed, and the tokens that a sequence target appends to the prompt.
+2. `narrowed` makes the model compute the logits of these positions only.
+3. `evaluate` reads the explained number of each row from them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lxt.inputs import Row, task
+from lxt.tokens import display
+
+__all__ = ["Goal", "Kind", "Target", "evaluate", "name_of", "narrowed", "resolve"]
+
+Kind = Literal["logit", "logprob", "prob", "centered"]
+Token = int | str
+Score = Callable[[Tensor], Tensor]
+"""logits [batch, position, vocabulary] -> [batch], or a scalar that is the sum over the rows."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to explain about one row.
+
+    >>> Target(" dogs", kind="centered", contrast=" cats").contrast
+    ' cats'
+
+    Attributes:
+        token: a string, an id, or ids in sequence; a class index or label for classifiers. None is what the model
+            predicts.
+        position: the position whose output is explained, among the row's own tokens; negative counts from the end.
+            None is the last one, and the masked one for masked language models.
+        kind: `logit`; `logprob`; `prob`; `centered`, the logit minus its mean over the vocabulary. None is `logit`
+            for one token and `logprob` for several, whose log-probabilities are summed.
+        contrast: what to subtract: a token, or several, whose mean is taken.
+        function: in place of a token, any function of the logits [batch, 1, vocabulary] to [batch].
+    """
+
+    token: Token | Sequence[int] | None = None
+    position: int | None = None
+    kind: Kind | None = None
+    contrast: Token | Sequence[Token] | None = None
+    function: Score | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in get_args(Kind):
+            raise ValueError(f"unknown kind {self.kind!r} of target; allowed: {', '.join(get_args(Kind))}")
+        if self.function is not None and not (self.token is self.kind is self.contrast is None):
+            raise ValueError("a target that is a function takes no token, kind or contrast: it computes them itself")
+        if self.position is not None and (isinstance(self.position, bool) or not isinstance(self.position, Integral)):
+            raise TypeError(f"a target's position must be a whole number, got {self.position!r}")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A target, resolved against one prompt.
+
+    Attributes:
+        ids: the explained tokens or class; empty for what the model predicts.
+        positions: where their logits are, among the row's tokens (the decoder's, for encoder-decoders).
+        kind: as in Target, or `custom` for a function.
+        contrast: ids whose mean is subtracted.
+        function: the function of the logits, if it is one.
+    """
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    kind: str
+    contrast: tuple[int, ...] = ()
+    function: Score | None = None
+
+
+def resolve(
+    target: object, contrast: object, rows: Sequence[Row], model: nn.Module, tokenizer: Any = None
+) -> tuple[list[Row], list[Goal]]:
+    """The goal of each row, and the rows with a sequence's tokens appended.
+
+    Raises:
+        TypeError: not a kind of target that there is.
+        ValueError: the target does not fit the model, the tokenizer or the prompt.
+    """
+    resolver = _Resolver(model, tokenizer, task(model))
+    pairs = [resolver.goal(one, row) for one, row in zip(_one_each(target, contrast, len(rows)), rows, strict=True)]
+    return [row for row, _ in pairs], [goal for _, goal in pairs]
+
+
+def _one_each(target: object, contrast: object, count: int) -> list[Target]:
+    if isinstance(target, (list, tuple)):
+        if len(target) != count:
+            raise ValueError(
+                f"a list of targets needs one per prompt: {len(target)} targets for {count}; for a sequence of ids "
+                "use lxt.Target([...])"
+            )
+        return [_target(one, contrast) for one in target]
+    return [_target(target, contrast)] * count
+
+
+def _target(target: object, contrast: Any) -> Target:
+    if target is None or isinstance(target, str) or (isinstance(target, Integral) and not isinstance(target, bool)):
+        return Target(target, contrast=contrast)  # type: ignore[arg-type]
+    if isinstance(target, Target):
+        if contrast is not None and target.contrast is not None:
+            raise ValueError("the contrast is given twice, in the Target and as an argument; give it once")
+        return target if contrast is None else replace(target, contrast=contrast)
+    if callable(target):
+        return Target(function=target, contrast=contrast)
+    raise TypeError(
+        f"a target must be None (the prediction), a string, an id, an lxt.Target, a function of the logits, or a list "
+        f"with one of these per prompt; got {type(target).__name__}"
+    )
+
+
+@dataclass(frozen=True)
+class _Resolver:
+    model: nn.Module
+    tokenizer: Any
+    task: str
+
+    @property
+    def classifies(self) -> bool:
+        return self.task in ("sequence", "token")
+
+    def goal(self, target: Target, row: Row) -> tuple[Row, Goal]:
+        ids = self.ids(target.token, "target") if target.token is not None else ()
+        contrast = target.contrast if isinstance(target.contrast, (list, tuple)) else [target.contrast]
+        foils = tuple(self.single(foil, "contrast", row) for foil in contrast if foil is not None)
+        if len(ids) > 1:
+            self.sequence_allowed(target, ids, foils)
+        if set(ids) & set(foils):
+            raise ValueError(
+                f"the contrast {self.name(ids[0])!r} is the target itself, their difference is 0; give another token"
+            )
+        if target.function is not None:
+            kind = "custom"
+        else:
+            kind = target.kind or ("logprob" if len(ids) > 1 else "logit")
+        goal = Goal(ids, (), kind, foils, target.function)
+        if self.task == "seq2seq":
+            if target.position not in (None, 0):
+                raise ValueError(
+                    "a position is not supported for encoder-decoders: give the target as the string (or ids) that the "
+                    "decoder is to continue with"
+                )
+            start = self.model.config.decoder_start_token_id
+            row = replace(row, decoder=(start, *ids[:-1]))
+            return row, replace(goal, positions=tuple(range(max(len(ids), 1))))
+        first = self.position(target, row)
+        return row.extended(ids[:-1]), replace(goal, positions=tuple(range(first, first + max(len(ids), 1))))
+
+    def sequence_allowed(self, target: Target, ids: tuple[int, ...], foils: tuple[int, ...]) -> None:
+        reason = None
+        if foils:
+            reason = "a contrast compares single tokens"
+        elif target.kind not in (None, "logprob"):
+            reason = f"kind={target.kind!r} is of a single token"
+        elif self.task not in ("causal", "seq2seq"):
+            reason = f"{type(self.model).__name__} does not continue text"
+        elif target.position is not None:
+            reason = "a sequence continues the prompt, and has no other position"
+        text = target.token if isinstance(target.token, str) else None
+        if reason:
+            raise ValueError(self.several(text, ids, "target", reason))
+        better = self.one_token(text)
+        if better is not None:
+            warnings.warn(
+                f"the target {text!r} is {len(ids)} tokens {self.names(ids)}, explained as a sequence; {better!r} is "
+                "one token: is that what you mean?",
+                stacklevel=6,
+            )
+
+    def several(self, text: str | None, ids: Sequence[int], role: str, reason: str) -> str:
+        better = self.one_token(text)
+        advice = f"{better!r} is one token" if better is not None else "give one of these tokens"
+        return (
+            f"the {role} {text!r} is {len(ids)} tokens {self.names(ids)} where one is needed ({reason}); {advice}, or "
+            "explain the sequence's log-probability, without contrast"
+        )
+
+    def one_token(self, text: str | None) -> str | None:
+        """The same word with (or without) a leading space, where only that is a single token."""
+        if not text or self.tokenizer is None or self.classifies:
+            return None
+        other = text[1:] if text.startswith(" ") else f" {text}"
+        return other if other and len(_encode(other, self.tokenizer)) == 1 else None
+
+    def names(self, ids: Sequence[int]) -> str:
+        return "(" + ", ".join(repr(self.name(token)) for token in ids) + ")"
+
+    def name(self, token: int) -> str:
+        return name_of(token, self.model, self.tokenizer)
+
+    def single(self, token: Token, role: str, row: Row) -> int:
+        ids = self.ids(token, role)
+        if len(ids) > 1:
+            text = token if isinstance(token, str) else None
+            raise ValueError(self.several(text, ids, role, "a contrast compares single tokens"))
+        return ids[0]
+
+    def ids(self, token: Any, role: str) -> tuple[int, ...]:
+        if isinstance(token, str):
+            return self.label(token, role) if self.classifies else self.text(token, role)
+        given = token if isinstance(token, (list, tuple)) else (token,)
+        if not given or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in given):
+            raise TypeError(f"the {role} must be a string, an id, or a sequence of ids; got {token!r}")
+        size = self.model.config.num_labels if self.classifies else _vocabulary(self.model)
+        for number in given:
+            if not 0 <= number < size:
+                what = "classes" if self.classifies else "token ids"
+                raise ValueError(
+                    f"the {role} {number} is out of range: {type(self.model).__name__} has {what} 0 to {size - 1}"
+                )
+        return tuple(int(number) for number in given)
+
+    def label(self, name: str, role: str) -> tuple[int, ...]:
+        classes = {str(label): int(index) for index, label in (self.model.config.id2label or {}).items()}
+        if name not in classes:
+            near = get_close_matches(name, classes, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"the {role} {name!r} is no class of {type(self.model).__name__}, which has {', '.join(classes)}{hint}"
+            )
+        return (classes[name],)
+
+    def text(self, text: str, role: str) -> tuple[int, ...]:
+        if not text:
+            raise ValueError(f"the {role} is an empty string; give a token's text, or None")
+        if self.tokenizer is None:
+            raise ValueError(f"the {role} {text!r} needs a tokenizer: lxt.load(model, tokenizer); or give its id")
+        ids = _encode(text, self.tokenizer)
+        if not ids or (self.tokenizer.unk_token_id in ids and text != self.tokenizer.unk_token):
+            raise ValueError(f"the {role} {text!r} is not in the tokenizer's vocabulary; give other text, or an id")
+        return ids
+
+    def position(self, target: Target, row: Row) -> int:
+        if self.task == "sequence":
+            if target.position is not None:
+                raise ValueError(f"{type(self.model).__name__} has one output for the whole prompt; leave position out")
+            return 0
+        if target.position is not None:
+            if not -len(row) <= target.position < len(row):
+                raise ValueError(
+                    f"the target's position {target.position} is not in the prompt, which has {len(row)} tokens: "
+                    f"allowed are {-len(row)} to {len(row) - 1}"
+                )
+            return target.position % len(row)
+        if self.task == "token":
+            raise ValueError(
+                f"{type(self.model).__name__} has an output for every token; say which: lxt.Target(label, position=...)"
+            )
+        if self.task == "masked":
+            return self.masked(row)
+        return len(row) - 1
+
+    def masked(self, row: Row) -> int:
+        mask = getattr(self.tokenizer, "mask_token_id", None)
+        found = [place for place, token in enumerate(row.ids) if token == mask] if row.embeds is None else []
+        if len(found) != 1:
+            token = getattr(self.tokenizer, "mask_token", None)
+            where = f" at positions {', '.join(map(str, found))}" if found else ""
+            raise ValueError(
+                f"a masked language model is explained at its mask, and the prompt has {len(found)} of them{where}; "
+                f"write {token or 'the mask token'} once, or give lxt.Target(token, position=...)"
+            )
+        return found[0]
+
+
+def _encode(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """The text's ids as they would continue a prompt."""
+    if text.startswith(" ") and len(text) > 1:
+        first = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+        # Such a tokenizer puts a space before any text of its own accord: another one would be a token of its own.
+        if first and str(tokenizer.convert_ids_to_tokens(first[0])).startswith("▁"):
+            text = text[1:]
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _vocabulary(model: nn.Module) -> int:
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return weight.shape[0] if weight is not None else model.config.get_text_config().vocab_size
+
+
+def name_of(token: int, model: nn.Module, tokenizer: Any = None) -> str:
+    """How a token, or a class, is called."""
+    if task(model) in ("sequence", "token"):
+        return str((model.config.id2label or {}).get(token, token))
+    return display([token], tokenizer)[0][0]
+
+
+@contextmanager
+def narrowed(model: nn.Module, places: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Compute the logits of `places` only, [batch, K] positions; yields what brings the output to [batch, K, vocab].
+
+    The selection happens before the output projection, so that what follows it (scaling, a softcap) still does, and
+    makes its input two-dimensional: the slice that `logits_to_keep` takes sends bf16 down a slow path on the CPU.
+    """
+    batch, count = places.shape
+    head = model.get_output_embeddings() if task(model) in ("causal", "masked", "seq2seq") else None
+    rows = torch.arange(batch).unsqueeze(1).expand_as(places).reshape(-1)
+    state = {"narrow": False}
+
+    def select(hidden: Tensor) -> Tensor:
+        return hidden[rows.to(hidden.device), places.reshape(-1).to(hidden.device)]
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        state["narrow"] = bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 3 and len(args[0]) == batch
+        return (select(args[0]), *args[1:]) if state["narrow"] else None
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output.view(batch, count, -1) if state["narrow"] else None
+
+    def finish(logits: Tensor) -> Tensor:
+        if state["narrow"]:
+            return logits
+        return logits.unsqueeze(1) if logits.dim() == 2 else select(logits).view(batch, count, -1)
+
+    handles = []
+    try:
+        if isinstance(head, nn.Linear):
+            handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
+        yield finish
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def evaluate(logits: Tensor, goals: Sequence[Goal]) -> tuple[Tensor, list[Goal]]:
+    """The explained number of each row, [batch], and the goals with the predicted tokens filled in.
+
+    Args:
+        logits: [batch, K, vocabulary]; a row with fewer positions than K uses the first ones.
+        goals: one per row.
+
+    Raises:
+        ValueError: the prediction is the contrast, or a function gave something else than one number per row.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    function = goals[0].function
+    if function is not None and all(goal.function is function for goal in goals):
+        return _custom(function, logits), list(goals)
+    values, filled = [], []
+    for row, goal in enumerate(goals):
+        if goal.function is not None:
+            values.append(_custom(goal.function, logits[row : row + 1])[0])
+            filled.append(goal)
+            continue
+        scores = logits[row, : len(goal.positions)]
+        ids = goal.ids or (int(scores[0].argmax()),)
+        if set(ids) & set(goal.contrast):
+            raise ValueError(
+                f"the contrast, id {ids[0]}, is the token that the model predicts, and their difference is 0; give the "
+                "target explicitly, or another contrast"
+            )
+        if goal.kind == "logprob":
+            scores = scores.log_softmax(-1)
+        elif goal.kind == "prob":
+            scores = scores.softmax(-1)
+        elif goal.kind == "centered":
+            scores = scores - scores.mean(-1, keepdim=True)
+        value = scores[range(len(ids)), list(ids)].sum()
+        values.append(value - scores[0, list(goal.contrast)].mean() if goal.contrast else value)
+        filled.append(replace(goal, ids=ids))
+    return torch.stack(values), filled
+
+
+def _custom(function: Score, logits: Tensor) -> Tensor:
+    values = function(logits)
+    if isinstance(values, Tensor) and values.dim() == 0:
+        # One number for several rows: ask row by row, so that each row's explained value is known.
+        values = values[None] if len(logits) == 1 else torch.stack([function(row[None]) for row in logits])
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+        got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the target function got logits of shape {tuple(logits.shape)} and returned {got}; it must return "
+            f"[{len(logits)}], one number per row, or a scalar"
+        )
+    if not values.requires_grad:
+        raise ValueError("the target function's result does not depend differentiably on the logits")
+    return values

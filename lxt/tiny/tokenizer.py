@@ -1,0 +1,90 @@
+"""The tokenizer of the bundled model: byte-level BPE in which whole words and groups of digits are tokens.
+
+Numbers are cut as people read them: " 8,326" is " 8" "," "326" and " 1922" is " 19" "22".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from random import Random
+from typing import TYPE_CHECKING
+
+from lxt.tiny import planted, stories
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["train_tokenizer"]
+
+_SPECIAL = ("<pad>", "<bos>", "<eos>")
+_PIECES = "|".join(
+    (
+        r"(?<!\p{N}) ?(?:1\p{N}|20)(?=\p{N}{2}(?!\p{N}))",  # the century of a year
+        r" ?\p{N}{1,2}(?!\p{N})",
+        r"\p{N}{1,3}",
+        r"'(?:s|t|re|ve|m|ll|d)\b",
+        r" ?\p{L}[\p{L}\p{M}]*",
+        r" ?[^\s\p{L}\p{N}]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+_MERGES = 1500  # more than the lexicon needs: the trainer stops when every word is one token
+
+
+def train_tokenizer(context: int) -> PreTrainedTokenizerFast:
+    """Train on generated text, then add the digit groups, all of them, so that no number is rare."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(_SPECIAL) + 256 + _MERGES,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+
+    # The trainer's own file is the only way to the merges. With ignore_merges a whole piece that is in the
+    # vocabulary is one token, which is what the digit groups need: they have no merges.
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    groups = [f"{n:0{width}d}" for width in (1, 2, 3) for n in range(10**width)]
+    groups += [f"Ġ{n}" for n in range(100)] + [f"Ġ0{n}" for n in range(10)]
+    for group in groups:
+        vocabulary.setdefault(group, len(vocabulary))
+    state["model"]["ignore_merges"] = True
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    bos = tokenizer.token_to_id("<bos>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _corpus() -> list[str]:
+    """Stories, prompts and the lexicon, without digits."""
+    rng = Random(0)
+    texts = [stories.story(rng) for _ in range(2000)]
+    texts += [example.prompt for task in planted.TASKS for example in planted.generate(task, "train", 500)]
+    for word in planted.LEXICON:
+        texts += [f"{word} {word}", f"{word} {word}"]
+    return [re.sub(r"\d", "", text) for text in texts]

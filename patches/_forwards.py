@@ -1,0 +1,142 @@
+"""Fused forwards: one definition for each kind of module, used by the maps of all families that have it.
+
+Each is a factory (module, composite) -> forward, or None where the module or the composite has no fused form; the
+operator mode then takes the module as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+
+from torch import Tensor, nn
+
+from lxt.coefficients import COEFFICIENTS, Coefficient, clipped_gelu
+from lxt.composites import Composite
+from lxt.mode import plain_gradient
+from lxt.operations import mark
+from lxt.patchmap import ForwardFactory
+from lxt.rules import NormStyle, gated_product, identity, rms_norm
+
+__all__ = ["activation_fence", "coefficient_of", "fused_gate_up_mlp", "gated_mlp", "rms_norm_forward"]
+
+
+def rms_norm_forward(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFactory:
+    """RMSNorm modules with a `weight` and their epsilon in the attribute `eps`."""
+
+    def factory(module: nn.Module, composite: Composite) -> Callable | None:
+        if composite.norm == "gradient":
+            return plain(module, composite)
+
+        def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+            return rms_norm(hidden_states, self.weight, getattr(self, eps), style)
+
+        return forward
+
+    return factory
+
+
+def plain(module: nn.Module, composite: Composite) -> Callable:
+    """The module's own forward with the plain gradient of everything in it."""
+
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        with plain_gradient():
+            return type(self).forward(self, *args, **kwargs)
+
+    return forward
+
+
+def gated_mlp(
+    gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", act: str = "act_fn"
+) -> ForwardFactory:
+    """down(act(gate(x)) * up(x)), by the names of the submodules."""
+
+    def factory(module: nn.Module, composite: Composite) -> Callable | None:
+        coefficient = coefficient_of(getattr(module, act))
+        if coefficient is None or not _is_fusable(composite):
+            return None
+
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            activation = _bare(getattr(self, act))
+            stop_gate = composite.product == "stop_gate"
+            hidden = gated_product(getattr(self, gate)(x), getattr(self, up)(x), activation, coefficient, stop_gate)
+            return getattr(self, down)(hidden)
+
+        return forward
+
+    return factory
+
+
+def fused_gate_up_mlp(module: nn.Module, composite: Composite) -> Callable | None:
+    """down_proj(up * activation_fn(gate)) with gate and up the two halves of gate_up_proj (Phi-3)."""
+    coefficient = coefficient_of(module.activation_fn)
+    if coefficient is None or not _is_fusable(composite):
+        return None
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        stop_gate = composite.product == "stop_gate"
+        return self.down_proj(gated_product(gate, up, _bare(self.activation_fn), coefficient, stop_gate))
+
+    return forward
+
+
+def activation_fence(module: nn.Module, composite: Composite) -> Callable | None:
+    """An activation module under its rule as one operation, however it is written."""
+    coefficient = coefficient_of(module)
+    if coefficient is None:
+        return None
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        if not input.requires_grad:
+            return type(self).forward(self, input)
+        if composite.activation == "gradient":
+            with plain_gradient():
+                y = type(self).forward(self, input)
+        else:
+            y = identity(input, _bare(self), coefficient)
+        return mark(y, "gate")
+
+    return forward
+
+
+def _is_fusable(composite: Composite) -> bool:
+    return composite.activation == "identity" and composite.product in ("uniform", "stop_gate")
+
+
+def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The activation without hooks; rules call it with gradients off, where the mode stays out of it."""
+    return MethodType(type(module).forward, module)
+
+
+def coefficient_of(module: nn.Module) -> Coefficient | None:
+    """f(x) / x of a known activation module, None of others."""
+    if isinstance(module, nn.GELU):
+        return COEFFICIENTS["gelu_tanh" if module.approximate == "tanh" else "gelu"]
+    name = type(module).__name__
+    if name == "ClippedGELUActivation":
+        low, high = float(module.min), float(module.max)
+        return lambda x: clipped_gelu(x, low, high)
+    return COEFFICIENTS.get(_BY_CLASS.get(name, ""))
+
+
+# torch.nn's and transformers' activation classes whose coefficient is known.
+_BY_CLASS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "MishActivation": "mish",
+    "Mish": "mish",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu_squared",
+    "ReLU6": "relu6",
+    "Tanh": "tanh",
+    "Hardswish": "hardswish",
+    "Softsign": "softsign",
+}

@@ -1,0 +1,12 @@
+"""GPT-NeoX (Pythia): parallel attention and MLP on torch's LayerNorm."""
+
+from lxt.patchmap import PatchMap
+
+__all__ = ["GPT_NEOX"]
+
+GPT_NEOX = PatchMap(
+    architectures=("gpt_neox",),
+    layers=("GPTNeoXLayer",),
+    head="attention.dense",
+    neuron="mlp.dense_4h_to_h",
+)
