@@ -1,4 +1,4 @@
-"""MkDocs hook: equations become MathML while the pages are built, so that they need neither JavaScript nor a network."""
+"""MkDocs hook: equations become MathML while the pages are built, with no need for JavaScript or a network."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def _refuse(node: BackwardCFunction, declared: Mapping[str, str]) -> None:
         return
     if name == "CheckpointFunction":
         raise ValueError(
-            "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; use use_reentrant=False"
+            "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; "
+            "use use_reentrant=False"
         )
     raise UnknownOperation(name, f" ({function.__module__}, a torch.autograd.Function)")
 

@@ -97,6 +97,11 @@ def _product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs
     a, b = (*args, *kwargs.values())[:2]
     if not (_is_activation(a) and _is_activation(b)):
         return copy_mark(a if _is_activation(a) else b, func(*args, **kwargs))
+    if composite.softmax_temperature != 1 and "weights" in (_mark_of(a), _mark_of(b)):
+        raise ValueError(
+            f"Composite(softmax_temperature={composite.softmax_temperature}) is for attention, but a softmax met an "
+            "element-wise product, as a router's does, and its backward can't be told from attention's; use 1.0"
+        )
     for stops, name in ((composite.router == "stop", "weights"), (composite.product == "stop_gate", "gate")):
         if stops and (_mark_of(a) == name) != (_mark_of(b) == name):
             return func(rules.stop(a), b) if _mark_of(a) == name else func(a, rules.stop(b))

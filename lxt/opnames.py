@@ -124,8 +124,8 @@ IN_PLACE_DUNDERS = {"__imul__": "mul", "__itruediv__": "div", "__idiv__": "div",
 
 # Everything above: where a composite asks for the gradient, these run as they are and not as unknown.
 KNOWN = (
-    LINEAR | PRODUCTS | MATRIX_PRODUCTS | SUMS_OF_PRODUCT | LINEAR_LAYERS | DIVISIONS | REVERSE_DIVISIONS | POWERS | SOFTMAX
-    | DROPOUTS | NORM_PARTS | CONSTANT | frozenset(CLOSED_FORMS) | BY_RATIO
+    LINEAR | PRODUCTS | MATRIX_PRODUCTS | SUMS_OF_PRODUCT | LINEAR_LAYERS | DIVISIONS | REVERSE_DIVISIONS | POWERS
+    | SOFTMAX | DROPOUTS | NORM_PARTS | CONSTANT | frozenset(CLOSED_FORMS) | BY_RATIO
     | _names("layer_norm rms_norm group_norm gelu glu square log_softmax scaled_dot_product_attention")
 )  # fmt: skip
 KNOWN |= {name + "_" for name in KNOWN} | set(IN_PLACE_DUNDERS)

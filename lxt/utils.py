@@ -60,10 +60,10 @@ def pdf_heatmap(
 
 
 def clean_tokens(words: Sequence[str]) -> list[str]:
-    """Words from a tokenizer's pieces, with spaces where its marks were and LaTeX's special characters escaped.
+    r"""Words from a tokenizer's pieces, with spaces where its marks were and LaTeX's special characters escaped.
 
     >>> clean_tokens(["▁cats", "▁&", "▁dogs"])
-    [' cats', ' \\\\&', ' dogs']
+    [' cats', ' \\&', ' dogs']
 
     Raises:
         ValueError: no piece carries one of the known marks `▁`, `Ġ`, `##`.

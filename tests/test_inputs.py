@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_are_named():
     broken = llama()
     assert "finite" in offender(broken)
     broken.model.embed_tokens.weight.data[7, 0] = float("nan")
-    with pytest.raises(ValueError, match="the weight model.embed_tokens.weight holds NaN or inf"):
+    with pytest.raises(ValueError, match=r"the weight model\.embed_tokens\.weight holds NaN or inf"):
         prepare([Row((7,))], broken)
 
 

@@ -54,7 +54,10 @@ def classifier():
     return BertForSequenceClassification(BertConfig(vocab_size=300, id2label=LABELS, **SMALL))
 
 
-def one(target, model, tokenizer=None, contrast=None, row=Row((3, 4, 5))):
+PROMPT = Row((3, 4, 5))
+
+
+def one(target, model, tokenizer=None, contrast=None, row=PROMPT):
     rows, goals = resolve(target, contrast, [row], model, tokenizer)
     return rows[0], goals[0]
 
@@ -152,7 +155,7 @@ def test_functions_and_tokens_may_be_mixed():
     logits = torch.randn(2, 1, 10, requires_grad=True)
     goals = [Goal((4,), (0,), "logit"), Goal((), (0,), "custom", function=lambda x: x[:, 0, 1])]
     values, _ = evaluate(logits, goals)
-    assert values.tolist() == [float(logits[0, 0, 4]), float(logits[1, 0, 1])]
+    assert values.tolist() == [logits[0, 0, 4].tolist(), logits[1, 0, 1].tolist()]
 
 
 def test_classes_by_index_and_label(classifier):
@@ -260,7 +263,7 @@ def test_a_missing_space_is_pointed_out(model, tokenizer):
 
 
 def test_unknown_labels_and_words(classifier, model):
-    with pytest.raises(ValueError, match="'hapy' is no class .* sad, happy, angry; did you mean 'happy'"):
+    with pytest.raises(ValueError, match=r"'hapy' is no class .* sad, happy, angry; did you mean 'happy'"):
         one("hapy", classifier)
     with pytest.raises(
         ValueError, match="the target 3 is out of range: BertForSequenceClassification has classes 0 to 2"

@@ -7,7 +7,7 @@ inks with the better WCAG contrast.
 
 from __future__ import annotations
 
-__all__ = ["DARK", "LIGHT", "RGB", "Theme", "contrast", "css", "diverging", "ink", "luminance", "terminal"]
+__all__ = ["DARK", "LIGHT", "RGB", "Theme", "contrast", "css", "diverging", "ink", "luminance", "terminal", "weak"]
 
 RGB = tuple[int, int, int]
 Theme = tuple[RGB, RGB, RGB]  # neutral (the page), positive end, negative end
@@ -44,6 +44,11 @@ def diverging(fraction: float, theme: Theme = LIGHT) -> RGB:
 def terminal(fraction: float) -> RGB:
     """The same scale for a terminal, whose background nobody knows: from grey, never near black or white."""
     return diverging(fraction, _TERMINAL)
+
+
+def weak(fraction: float) -> RGB:
+    """The letters of a weak score on a terminal's own background, readable on black and on white."""
+    return (214, 78, 74) if fraction > 0 else (66, 126, 214)
 
 
 def css(color: RGB) -> str:

@@ -73,8 +73,8 @@ def picture(
     sizes = [_size(row) for row in prepared]
     figure = _figure(max(width for width, _ in sizes), sum(height for _, height in sizes))
     grid = figure.add_gridspec(len(prepared), 1, height_ratios=[height for _, height in sizes])
-    for row, cell in zip(prepared, grid, strict=True):
-        axes = figure.add_subplot(cell)
+    for place, row in enumerate(prepared):
+        axes = figure.add_subplot(grid[place])
         draw = _bars if row.layers is None else _layers
         draw(axes, row, normalise)
         title = f"What speaks for {row.target}?   {row.value}\n"
@@ -257,11 +257,10 @@ def _bars(axes: Axes, row: Row, normalise: str) -> None:
 def _label(axes: Axes, labels: list[str], width: int) -> None:
     size, angle = (10, 55) if len(labels) <= 40 else (8, 90) if len(labels) <= 100 else (7, 90)
     words = [_drawable(listed(label, 16, note=False)) for label in labels]
-    side = {"ha": "right", "va": "center" if angle == 90 else "baseline", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(words)), words, rotation=angle, fontsize=size, **side)
+    axes.set_xticks(range(len(words)), words)
     for tick in axes.get_xticklabels():
-        tick.set_parse_math(False)
-        tick.set_family(_families())
+        tick.set(fontsize=size, rotation=angle, rotation_mode="anchor", parse_math=False, fontfamily=_families())
+        tick.set(horizontalalignment="right", verticalalignment="center" if angle == 90 else "baseline")
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     if width > 1:

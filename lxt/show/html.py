@@ -58,7 +58,8 @@ def fragment(attribution: Attribution, limit: int, special: bool = True, scale_s
     left = f"<p class=quiet>{more} more rows: out[{limit}] and on, or out.to_html(path)</p>" if more > 0 else ""
     where = f"<p class=quiet>model {_isolated(attribution.model)} · rules {_isolated(attribution.rules)}</p>"
     box = "padding:1rem 1.2rem;border-radius:.5rem"
-    return f'<style>{style.fragment()}</style><div class="lxt" style="{box}">{where}{"".join(_sections(prepared))}{left}</div>'
+    body = "".join([where, *_sections(prepared), left])
+    return f'<style>{style.fragment()}</style><div class="lxt" style="{box}">{body}</div>'
 
 
 def _text(text: str) -> str:
@@ -121,11 +122,9 @@ def _running(row: Row) -> str:
 def _legend(row: Row) -> str:
     steps = range(-style.STEPS, style.STEPS + 1, 2)
     bar = "".join(f'<i class="{style.shade(step / style.STEPS)}"></i>' for step in steps)
-    end = amount(row.scale)
-    return (
-        f'<div class="key"><span>lowers −{end}</span><span class="bar" role="img" aria-label="colour scale from minus '
-        f'{end} to plus {end}">{bar}</span><span>+{end} raises</span><span>· {_text(unit(row.explained.kind))}</span></div>'
-    )
+    end, name = amount(row.scale), _text(unit(row.explained.kind))
+    bar = f'<span class="bar" role="img" aria-label="colour scale from minus {end} to plus {end}">{bar}</span>'
+    return f'<div class="key"><span>lowers −{end}</span>{bar}<span>+{end} raises</span><span>· {name}</span></div>'
 
 
 def _ranking(row: Row) -> str:
@@ -135,16 +134,16 @@ def _ranking(row: Row) -> str:
     lines = []
     for i in top:
         length = max(2, round(220 * abs(row.scores[i]) / row.scale))
-        bar = f'<svg width="220" height="12" aria-hidden="true"><rect class="{style.shade(math.copysign(1, row.scores[i]))}" width="{length}" height="12" rx="2"/></svg>'
+        shade = style.shade(math.copysign(1, row.scores[i]))
+        bar = f'<rect class="{shade}" width="{length}" height="12" rx="2"/>'
+        bar = f'<svg width="220" height="12" aria-hidden="true">{bar}</svg>'
         lines.append(
             f'<tr><td class="num">{signed(row.scores[i])}</td><td class="rank">{bar}</td>'
             f'<td class="tok"><bdi>{escape(listed(row.tokens[i], 40), quote=True)}</bdi></td>'
             f'<td class="quiet num">{row.places[i]}</td></tr>'
         )
-    head = (
-        f"<tr><th class=num>{_text(unit(row.explained.kind))}</th><th></th><th>token</th><th class=num>place</th></tr>"
-    )
-    return f"<h3>Most relevant</h3><table>{head}{''.join(lines)}</table>"
+    head = f"<th class=num>{_text(unit(row.explained.kind))}</th><th></th><th>token</th><th class=num>place</th>"
+    return f"<h3>Most relevant</h3><table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _all_tokens(row: Row) -> str:
@@ -156,7 +155,8 @@ def _all_tokens(row: Row) -> str:
         for place, token, score in zip(row.places, row.tokens, row.scores, strict=True)
     )
     head = f"<tr><th class=num>place</th><th>token</th><th class=num>{_text(unit(row.explained.kind))}</th></tr>"
-    return f"<details><summary>All {len(row.tokens)} tokens in order</summary><table>{head}{''.join(lines)}</table></details>"
+    table = f"<table>{head}{''.join(lines)}</table>"
+    return f"<details><summary>All {len(row.tokens)} tokens in order</summary>{table}</details>"
 
 
 def _heatmap(row: Row, budget: int) -> str:

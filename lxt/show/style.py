@@ -10,21 +10,24 @@ STEPS = 20  # colours on each side; more can't be told apart
 
 _SHEET = """
 .lxt{--page:#fff;--text:#16181d;--muted:#5a616c;--line:#dfe2e7;--soft:#f5f6f8;background:var(--page);
-color:var(--text);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;color-scheme:light dark}
+color:var(--text);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;
+color-scheme:light dark}
 .lxt *{box-sizing:border-box}
 .lxt section{padding:0 0 2.5rem}.lxt section+section{border-top:1px solid var(--line);padding-top:2rem}
 .lxt h2{font-size:1.25rem;line-height:1.35;font-weight:650;margin:0 0 .15rem;overflow-wrap:anywhere}
-.lxt h3{font-size:.8rem;font-weight:650;letter-spacing:.04em;text-transform:uppercase;color:var(--muted);margin:1.9rem 0 .6rem}
+.lxt h3{font-size:.8rem;font-weight:650;letter-spacing:.04em;text-transform:uppercase;
+color:var(--muted);margin:1.9rem 0 .6rem}
 .lxt h2 small{font-weight:400;font-size:1rem;color:var(--muted);margin-left:.4em;white-space:nowrap}
 .lxt p{margin:.15rem 0;overflow-wrap:anywhere}.lxt .quiet{color:var(--muted)}
 .lxt .text{font-size:1.3rem;line-height:1.85;margin:1.1rem 0 .9rem;white-space:pre-wrap;overflow-wrap:anywhere;
 unicode-bidi:isolate;max-width:64rem}
-.lxt .t{position:relative;padding:.18em .1em;border-radius:.22em;box-decoration-break:clone;-webkit-box-decoration-break:clone}
+.lxt .t{position:relative;padding:.18em .1em;border-radius:.22em;box-decoration-break:clone;
+-webkit-box-decoration-break:clone}
 .lxt .s{font-size:.72em;color:var(--muted);border:1px dashed var(--line)}
 .lxt .t:hover{outline:2px solid var(--muted)}
 .lxt .t:focus-visible{outline:3px solid var(--text);outline-offset:1px;z-index:2}
-.lxt .t:focus-visible::after{content:attr(title);position:absolute;left:0;top:115%;background:var(--text);color:var(--page);
-font:13px/1.4 system-ui,sans-serif;padding:.25em .6em;border-radius:.3em;white-space:nowrap;z-index:3;direction:ltr}
+.lxt .t:focus-visible::after{content:attr(title);position:absolute;left:0;top:115%;background:var(--text);
+color:var(--page);font:13px/1.4 system-ui,sans-serif;padding:.25em .6em;border-radius:.3em;white-space:nowrap;z-index:3;direction:ltr}
 .lxt .key{display:flex;flex-wrap:wrap;gap:.1rem .7rem;align-items:center;font-size:.85rem;color:var(--muted)}
 .lxt .bar{display:inline-flex;height:.8rem;width:13rem;border-radius:.2rem;overflow:hidden;border:1px solid var(--line)}
 .lxt .bar i{flex:1}
@@ -38,7 +41,8 @@ font:13px/1.4 system-ui,sans-serif;padding:.25em .6em;border-radius:.3em;white-s
 .lxt svg .m{fill:var(--soft)}.lxt svg .g{fill:var(--page);stroke:var(--soft)}
 .lxt details{margin-top:1.2rem}.lxt summary{cursor:pointer;color:var(--muted);font-size:.9rem}
 .lxt nav ol{padding-left:1.5rem}.lxt a{color:inherit}
-.lxt footer{color:var(--muted);font-size:.8rem;border-top:1px solid var(--line);padding-top:.8rem;overflow-wrap:anywhere}
+.lxt footer{color:var(--muted);font-size:.8rem;border-top:1px solid var(--line);padding-top:.8rem;
+overflow-wrap:anywhere}
 """
 _DARK = ".lxt{--page:#17191e;--text:#eceef2;--muted:#a3abb8;--line:#343942;--soft:#22252c}"
 PAGE = """

@@ -115,7 +115,7 @@ def _style(fraction: float) -> Style:
         return Style()
     color = colors.terminal(fraction)
     if abs(fraction) < _FILLED:
-        return Style(color=colors.css(colors.terminal(0.55 if fraction > 0 else -0.55)))
+        return Style(color=colors.css(colors.weak(fraction)))
     return Style(color=colors.css(colors.ink(color)), bgcolor=colors.css(color), bold=abs(fraction) > 0.5)
 
 
@@ -133,7 +133,7 @@ def _ranking(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
     if not best:
         return [Text("no token has any relevance", style="dim")]
     room = max(8, min(40, width - _BAR - 20))
-    names = [Text(listed(row.tokens[i], min(24, room))) for i in best]
+    names = [Text(listed(row.tokens[i], min(18, room))) for i in best]
     for name in names:
         name.truncate(room, overflow="ellipsis")
     longest = max(name.cell_len for name in names)

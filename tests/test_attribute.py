@@ -1,0 +1,667 @@
+"""attribute(): equal to the gradient × input that one would write by hand, in batches, with latents, and tidy."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import lxt
+from lxt.attributor import Attributor, _progress, load
+from lxt.latents import Site, capture
+from lxt.patching import monkey_patch
+
+TEXT = "I have 5 cats and 3 dogs. My cats love to play with my"
+VOCABULARY, HEADS, LAYERS = 300, 4, 3
+PROMPTS = [[1, 5, 6, 7, 8], [1, 9, 10], [1, 11, 12, 13, 14, 15, 16]]
+# float32 sums over at most 7 tokens, 32 dimensions and 3 layers, in another order where rows are padded.
+CLOSE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "[MASK]"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        [TEXT + " dogs"] * 4,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet),
+    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", mask_token="[MASK]")
+
+
+def llama(cls=LlamaForCausalLM, **options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,  # so that the layers do something
+        **{"bos_token_id": 0, "eos_token_id": 1, **options},
+    )
+    return cls(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def opt():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        init_std=0.2,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def bert(cls, **options):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        **options,
+    )
+    return cls(config).eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_ff=48,
+        d_kv=8,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+CAUSAL = pytest.mark.parametrize("build", [llama, gpt2, opt])
+
+
+def by_hand(model, ids, score, rules="attnlrp"):
+    """Gradient × input in the patched model, all logits computed: [token]."""
+    embeds = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+    with monkey_patch(model, rules):
+        score(model(inputs_embeds=embeds).logits).backward()
+    return (embeds.grad * embeds.detach()).sum(-1)[0]
+
+
+def assert_close(got, expected, tolerance=CLOSE):
+    """Relative to the size of the whole, since single entries may cancel."""
+    assert (got - expected).norm() <= tolerance * expected.norm()
+    assert expected.norm() > 0
+
+
+# The numbers
+
+
+@CAUSAL
+@pytest.mark.parametrize("rules", ["attnlrp", "cp", "gradient"])
+def test_equals_gradient_times_input_by_hand(build, rules):
+    model = build()
+    out = Attributor(model, rules=rules).attribute(PROMPTS[0], target=42)
+    assert_close(out.relevance[0], by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42], rules))
+    assert out.explained[0].value == pytest.approx(float(model(torch.tensor([PROMPTS[0]])).logits[0, -1, 42]), rel=1e-4)
+
+
+def test_the_default_target_is_the_prediction(tokenizer):
+    model = llama()
+    out = Attributor(model, tokenizer).attribute(TEXT)
+    logits = model(torch.tensor([tokenizer(TEXT)["input_ids"]])).logits[0, -1]
+    assert out.predictions[0].id == int(logits.argmax())
+    assert out.predictions[0].logit == pytest.approx(float(logits.max()), rel=1e-5)
+    assert out.predictions[0].probability == pytest.approx(float(logits.softmax(-1).max()), rel=1e-4)
+    assert out.explained[0].label == repr(out.predictions[0].token)
+    assert out.explained[0].value == out.predictions[0].logit
+    assert out.tokens[0][0] == "<s>"
+    assert "".join(out.tokens[0][1:]) == TEXT
+    assert out.special[0].tolist() == [True] + [False] * (len(out.tokens[0]) - 1)
+
+
+@CAUSAL
+def test_a_batch_gives_what_single_calls_give(build):
+    explainer = Attributor(build())
+    targets = [42, None, lxt.Target([7, 8])]
+    latents = ("residual", "head", "neuron")
+    out = explainer.attribute(PROMPTS, targets, latents=latents)
+    assert out.relevance.shape == (3, 8)  # the last row's target appends a token
+    for row, (prompt, target) in enumerate(zip(PROMPTS, targets, strict=True)):
+        single = explainer.attribute(prompt, target, latents=latents)
+        assert_close(out[row].relevance, single.relevance)
+        for name in latents:
+            assert_close(out[row].latents[name], single.latents[name])
+        assert out[row].tokens == single.tokens
+        assert out.explained[row].value == pytest.approx(single.explained[0].value, rel=CLOSE)
+        assert out.predictions[row].id == single.predictions[0].id
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_batch_size_changes_nothing_but_the_memory(size):
+    explainer = Attributor(llama())
+    expected = explainer.attribute(PROMPTS, latents="head")
+    out = explainer.attribute(PROMPTS, latents="head", batch_size=size)
+    assert out.tokens == expected.tokens
+    assert torch.equal(out.token_ids, expected.token_ids)
+    assert torch.equal(out.mask, expected.mask)
+    assert_close(out.relevance, expected.relevance)
+    assert_close(out.latents["head"], expected.latents["head"])
+    assert [e.label for e in out.explained] == [e.label for e in expected.explained]
+
+
+def test_one_backward_for_the_whole_batch(monkeypatch):
+    calls = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    Attributor(llama()).attribute(PROMPTS)
+    assert len(calls) == 1
+
+
+def test_only_explained_positions_reach_the_head():
+    model, seen = llama(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    Attributor(model).attribute(PROMPTS)
+    Attributor(model).attribute(PROMPTS[0], lxt.Target([7, 8, 9]))
+    assert seen == [(3, 32), (3, 32)]
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+def test_contrast_is_the_difference_of_two_attributions(rules):
+    explainer = Attributor(llama(), rules=rules)
+    a, b, c = (explainer.attribute(PROMPTS[0], target).relevance for target in (42, 43, 44))
+    # Linear in the coefficients that enter the backward; float32 rounding of differences of like numbers.
+    assert_close(explainer.attribute(PROMPTS[0], 42, contrast=43).relevance, a - b, 1e-5)
+    assert_close(explainer.attribute(PROMPTS[0], 42, contrast=[43, 44]).relevance, a - (b + c) / 2, 1e-5)
+
+
+def test_a_sequence_is_its_summed_log_probability(tokenizer):
+    model = llama()
+    out = Attributor(model, tokenizer).attribute("My cats", target=" love to play")
+    words = tokenizer(" love to play", add_special_tokens=False)["input_ids"]
+    assert len(words) > 2
+    prompt = tokenizer("My cats")["input_ids"]
+    ids = prompt + words[:-1]
+    assert out.token_ids[0].tolist() == ids
+    assert out.explained[0].kind == "logprob"
+    assert out.explained[0].label == "' love to play'"
+    table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    value = sum(table[len(prompt) - 1 + step, word] for step, word in enumerate(words))
+    assert out.explained[0].value == pytest.approx(float(value), rel=1e-5)
+
+    def score(logits):
+        return sum(logits[0, len(prompt) - 1 + step].log_softmax(-1)[word] for step, word in enumerate(words))
+
+    assert_close(out.relevance[0], by_hand(model, ids, score))
+
+
+@pytest.mark.parametrize("kind", ["logit", "logprob", "prob", "centered"])
+def test_kinds_and_positions(kind):
+    model = llama()
+    scores = {
+        "logit": lambda x: x[7],
+        "logprob": lambda x: x.log_softmax(-1)[7],
+        "prob": lambda x: x.softmax(-1)[7],
+        "centered": lambda x: x[7] - x.mean(),
+    }
+    out = Attributor(model).attribute(PROMPTS[0], lxt.Target(7, position=-2, kind=kind))
+    assert out.explained[0].position == 3
+    assert out.explained[0].kind == kind
+    assert_close(out.relevance[0], by_hand(model, PROMPTS[0], lambda logits: scores[kind](logits[0, 3])), 1e-5)
+    assert out.relevance[0, 4] == 0  # a causal model has not read it yet
+
+
+def test_functions_of_the_logits():
+    def first_ten(logits):
+        return logits[:, 0, :10].sum(-1)
+
+    model = llama()
+    out = Attributor(model).attribute(PROMPTS[0], first_ten)
+    assert out.explained[0].label == "first_ten"
+    assert out.explained[0].kind == "custom"
+    assert_close(out.relevance[0], by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, :10].sum()))
+
+
+def test_embeddings_give_what_their_ids_give():
+    model = llama()
+    embeds = model.get_input_embeddings()(torch.tensor(PROMPTS[0]))
+    out = Attributor(model).attribute(embeds, target=42)
+    assert out.token_ids is None
+    assert out.tokens == [["0", "1", "2", "3", "4"]]
+    assert torch.equal(out.relevance, Attributor(model).attribute(PROMPTS[0], target=42).relevance)
+
+
+def test_no_grad_and_inference_mode_outside_do_not_matter():
+    explainer = Attributor(llama())
+    expected = explainer.attribute(PROMPTS[0]).relevance
+    for outside in (torch.no_grad, torch.inference_mode):
+        with outside():
+            assert torch.equal(explainer.attribute(PROMPTS[0]).relevance, expected)
+
+
+# Classifiers, masked models, encoder-decoders
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_a_causal_classifier_reads_the_last_token(padding):
+    model = llama(LlamaForSequenceClassification, num_labels=3, pad_token_id=padding)
+    out = Attributor(model).attribute(PROMPTS, target="LABEL_2")
+    for row, prompt in enumerate(PROMPTS):
+        value = model(torch.tensor([prompt])).logits[0, 2]
+        assert out.explained[row].value == pytest.approx(float(value), rel=1e-4)
+        assert_close(out[row].relevance[0], by_hand(model, prompt, lambda logits: logits[0, 2]))
+    assert out.explained[0].label == "'LABEL_2'"
+    assert out.explained[0].position is None
+
+
+def test_an_encoder_classifier_needs_no_padding():
+    model = bert(BertForSequenceClassification, num_labels=3)
+    prompts = [*PROMPTS, [1, 7, 7]]
+    out = Attributor(model).attribute(prompts, latents="residual")
+    for row, prompt in enumerate(prompts):
+        predicted = int(model(torch.tensor([prompt])).logits[0].argmax())
+        assert out.predictions[row].id == predicted
+        assert_close(out[row].relevance[0], by_hand(model, prompt, lambda logits, i=predicted: logits[0, i]))
+    assert out.latents["residual"].shape == (LAYERS, 4, 7)
+
+
+def test_a_token_classifier():
+    model = bert(BertForTokenClassification, num_labels=3)
+    out = Attributor(model).attribute(PROMPTS[0], lxt.Target(1, position=2))
+    assert_close(out.relevance[0], by_hand(model, PROMPTS[0], lambda logits: logits[0, 2, 1]))
+
+
+def test_a_masked_model_at_its_mask(tokenizer):
+    model = bert(BertForMaskedLM)
+    out = Attributor(model, tokenizer).attribute("My[MASK] love")
+    ids = tokenizer("My[MASK] love")["input_ids"]
+    place = ids.index(tokenizer.mask_token_id)
+    assert out.explained[0].position == place
+    best = int(model(torch.tensor([ids])).logits[0, place].argmax())
+    assert_close(out.relevance[0], by_hand(model, ids, lambda logits: logits[0, place, best]))
+
+
+def test_an_encoder_decoder_is_explained_by_its_source():
+    model = t5()
+    explainer = Attributor(model)
+    out = explainer.attribute(PROMPTS, target=[lxt.Target([7, 8])] * 3, latents="residual")
+    assert out.relevance.shape == (3, 7)
+    assert out.latents["residual"].shape == (LAYERS, 3, 7)
+    for row, prompt in enumerate(PROMPTS):
+        embeds = model.get_input_embeddings()(torch.tensor([prompt])).detach().requires_grad_()
+        with monkey_patch(model):
+            logits = model(inputs_embeds=embeds, decoder_input_ids=torch.tensor([[0, 7]])).logits
+            (logits[0, 0].log_softmax(-1)[7] + logits[0, 1].log_softmax(-1)[8]).backward()
+        assert_close(out[row].relevance[0], (embeds.grad * embeds.detach()).sum(-1)[0])
+
+
+# Latents
+
+
+def test_residual_latents_are_gradient_times_layer_output():
+    model = llama()
+    out = Attributor(model).attribute(PROMPTS[0], target=42, latents="residual")
+    outputs = []
+
+    def keep(module, args, output):
+        output.retain_grad()
+        outputs.append(output)
+
+    handles = [layer.register_forward_hook(keep) for layer in model.model.layers]
+    by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42])
+    for handle in handles:
+        handle.remove()
+    expected = torch.stack([(output.grad * output).sum(-1)[0] for output in outputs]).detach()
+    assert_close(out.latents["residual"][:, 0], expected)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_heads_and_neurons_are_gradient_times_projection_input(build):
+    model = build()
+    out = Attributor(model).attribute(PROMPTS[0], target=42, latents=("head", "neuron"))
+    layers = model.model.layers if build is llama else model.transformer.h
+    inputs = {"head": [], "neuron": []}
+    handles = []
+    for layer in layers:
+        head = layer.self_attn.o_proj if build is llama else layer.attn.c_proj
+        neuron = layer.mlp.down_proj if build is llama else layer.mlp.c_proj
+        for name, module in (("head", head), ("neuron", neuron)):
+
+            def keep(module, args, name=name):
+                args[0].retain_grad()
+                inputs[name].append(args[0])
+
+            handles.append(module.register_forward_pre_hook(keep))
+    by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42])
+    for handle in handles:
+        handle.remove()
+    relevance = {name: torch.stack([(x.grad * x)[0] for x in xs]).detach() for name, xs in inputs.items()}
+    assert out.latents["head"].shape == (LAYERS, 1, 5, HEADS)
+    assert_close(out.latents["head"][:, 0], relevance["head"].unflatten(-1, (HEADS, -1)).sum(-1))
+    assert_close(out.latents["neuron"][:, 0], relevance["neuron"])
+
+
+def test_every_layer_conserves_under_cp():
+    model = llama().double()  # no biases: all that remains is linear in the input
+    out = Attributor(model, rules="cp").attribute(PROMPTS, latents=("residual", "head", "neuron"))
+    values = torch.tensor([explained.value for explained in out.explained], dtype=torch.float64)
+    torch.testing.assert_close(out.relevance.sum(-1), values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.latents["residual"].sum(-1), values.expand(LAYERS, 3), rtol=1e-9, atol=0)
+
+
+def test_what_heads_and_neurons_add_is_what_the_residual_stream_gains():
+    # Under CP a layer's output relevance is that of its input, plus nothing; the part that went through attention and
+    # the MLP at the last layer's explained token is read twice: as latents, and as the residual's parts by hand.
+    model = llama().double()
+    out = Attributor(model, rules="cp").attribute(PROMPTS[0], target=42, latents=("residual", "head", "neuron"))
+    parts = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            output = output[0] if isinstance(output, tuple) else output
+            output.retain_grad()
+            parts[name] = output
+
+        return hook
+
+    last = model.model.layers[-1]
+    handles = [last.self_attn.register_forward_hook(keep("head")), last.mlp.register_forward_hook(keep("neuron"))]
+    by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42], "cp")
+    for handle in handles:
+        handle.remove()
+    for name, part in parts.items():
+        expected = (part.grad * part).sum(-1)[0].detach()
+        torch.testing.assert_close(out.latents[name][-1, 0].sum(-1), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_checkpointing_gives_the_same_latents(build):
+    model = build()
+    if build is gpt2:
+        for module in model.modules():  # off by the patch whatever the mode; the reference below is in eval()
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+    latents = ("residual", "head", "neuron")
+    expected = Attributor(model).attribute(PROMPTS, latents=latents)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    out = Attributor(model).attribute(PROMPTS, latents=latents)
+    assert torch.equal(out.relevance, expected.relevance)
+    for name in latents:
+        assert torch.equal(out.latents[name], expected.latents[name])
+    assert model.training
+
+
+def test_taps_keep_no_activation_of_a_checkpointed_layer():
+    """What a tap saves inside a checkpoint is dropped after the forward and comes from the recomputation."""
+    inner, outer = nn.Linear(4, 4), nn.Linear(4, 4)
+    x = torch.randn(1, 2, 4, requires_grad=True)
+    seen = []
+
+    def packed(tensor):
+        seen.append(tensor.shape)
+        return tensor
+
+    with capture([Site("neuron", 0, inner)], 1, 2) as sink:
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
+            hidden = checkpoint(lambda x: inner(x.tanh()), x, use_reentrant=False)
+            outer(hidden).sum().backward()
+    (gradient,) = torch.autograd.grad(outer(inner(x.tanh())).sum(), x)
+    tanh_gradient = gradient / (1 - x.tanh() ** 2)
+    torch.testing.assert_close(sink.stacked("neuron", torch.ones(1, 2, dtype=torch.bool))[0], x.tanh() * tanh_gradient)
+
+
+def test_a_second_backward_overwrites_and_padding_is_zero():
+    layer = nn.Linear(4, 4)
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    mask = torch.tensor([[False, True, True]])
+    with capture([Site("residual", 0, layer)], 1, 3) as sink:
+        y = layer(x)
+        y.sum().backward(retain_graph=True)
+        (2 * y).sum().backward()
+    expected = 2 * y.detach().sum(-1)
+    expected[0, 0] = 0
+    torch.testing.assert_close(sink.stacked("residual", mask)[0], expected)
+
+
+def test_taps_leave_the_relevance_alone():
+    explainer = Attributor(llama())
+    plain = explainer.attribute(PROMPTS[0])
+    assert torch.equal(plain.relevance, explainer.attribute(PROMPTS[0], latents=("residual", "head")).relevance)
+
+
+def test_shared_layers_are_refused():
+    layer = nn.Linear(4, 4)
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    with (
+        capture([Site("residual", 0, layer)], 1, 3),
+        pytest.raises(ValueError, match="runs more than once in a forward"),
+    ):
+        layer(layer(x)).sum().backward()
+
+
+def test_unknown_latents_are_named():
+    explainer = Attributor(llama())
+    with pytest.raises(
+        ValueError, match="unknown latent 'heads'; allowed: residual, head, neuron; did you mean 'head'"
+    ):
+        explainer.attribute(PROMPTS[0], latents="heads")
+    explainer = Attributor(llama(), patch_map=lxt.PatchMap())
+    assert explainer.attribute(PROMPTS[0], latents="residual").latents["residual"].shape == (LAYERS, 1, 5)
+    with pytest.raises(ValueError, match=r"'neuron' is not known for layer 0 .* that layer has .*mlp\.down_proj"):
+        explainer.attribute(PROMPTS[0], latents="neuron")
+    explainer = Attributor(llama(), patch_map=lxt.PatchMap(head="attention.out"))
+    with pytest.raises(ValueError, match=r"at 'attention\.out' there is none"):
+        explainer.attribute(PROMPTS[0], latents="head")
+
+
+# The model stays what it was
+
+
+def state(model):
+    modules = [
+        (name, type(m), set(m.__dict__), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    ]
+    parameters = [(name, p.requires_grad, p.grad is None, p.clone()) for name, p in model.named_parameters()]
+    return modules, parameters
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    for (name, *flags, value), (other, *other_flags, now) in zip(before[1], after[1], strict=True):
+        assert (name, flags) == (other, other_flags)
+        assert torch.equal(value, now)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(training):
+    model = llama().train(training)
+    model.model.norm.weight.requires_grad_(False)
+    before = state(model)
+    ids = torch.tensor([PROMPTS[0]])
+    logits = model(ids).logits
+    Attributor(model).attribute(PROMPTS, latents=("residual", "head", "neuron"))
+    assert_same(before, state(model))
+    assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", ["forward", "target", "backward"])
+def test_the_model_is_left_as_it_was_after_an_error(error, when):
+    model = llama()
+    before = state(model)
+
+    def fails(*args):
+        raise error("on purpose")
+
+    def fails_later(logits):
+        value = logits[:, 0, 0]
+        value.register_hook(fails)
+        return value * 1
+
+    handle = model.model.norm.register_forward_hook(fails) if when == "forward" else None
+    target = {"forward": None, "target": fails, "backward": fails_later}[when]
+    with pytest.raises(error, match="on purpose"):
+        Attributor(model).attribute(PROMPTS, target, latents=("residual", "neuron"))
+    if handle is not None:
+        handle.remove()
+    assert_same(before, state(model))
+
+
+def test_a_model_that_is_already_patched():
+    model = llama()
+    expected = Attributor(model, rules="cp").attribute(PROMPTS[0]).relevance
+    with monkey_patch(model, "cp") as handle:
+        assert torch.equal(Attributor(model, rules="cp").attribute(PROMPTS[0]).relevance, expected)
+        assert handle.active
+        with pytest.raises(
+            ValueError, match="already patched with the rules 'cp', and this Attributor's are 'attnlrp'"
+        ):
+            Attributor(model).attribute(PROMPTS[0])
+        assert handle.active
+
+
+# Bad input, from the outside
+
+
+def test_bad_models_are_named():
+    with pytest.raises(TypeError, match="an Attributor needs a transformers model instance, got str"):
+        Attributor("tiny")
+    with pytest.raises(ValueError, match="LlamaModel has no head"):
+        Attributor(llama().model)
+    with pytest.raises(ValueError, match="unknown rules 'lrp'"):
+        Attributor(llama(), rules="lrp")
+    with torch.device("meta"):
+        empty = llama()
+    with pytest.raises(ValueError, match=r"the weight model\.embed_tokens\.weight .* is on the meta device"):
+        Attributor(empty)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(number):
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = number
+    before = state(model)
+    with pytest.raises(
+        ValueError, match=r"logits .* not finite: the weight model\.layers\.1\.mlp\.up_proj\.weight holds"
+    ):
+        Attributor(model).attribute(PROMPTS[0])
+    assert before[0] == state(model)[0]
+
+
+def test_too_long_with_its_target():
+    with pytest.raises(ValueError, match="the prompt with its target has 65 tokens, and the context .* is 64"):
+        Attributor(llama()).attribute(list(range(2, 62)), lxt.Target([7] * 6))
+
+
+def test_a_contrast_that_is_predicted():
+    explainer = Attributor(llama())
+    best = explainer.attribute(PROMPTS[0]).predictions[0].id
+    with pytest.raises(ValueError, match="is the token that the model predicts"):
+        explainer.attribute(PROMPTS[0], contrast=best)
+
+
+# load
+
+
+def test_load_an_instance_keeps_it(tokenizer):
+    model = llama()
+    explainer = load(model, tokenizer, rules="cp")
+    assert explainer.model is model
+    assert explainer.rules is lxt.CP_LRP
+    assert load(copy.deepcopy(model), dtype="float64").model.dtype == torch.float64
+
+
+def test_load_a_folder_with_its_head(tmp_path, tokenizer):
+    for model in (llama(), bert(BertForSequenceClassification), gpt2()):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        explainer = load(folder, device="cpu", dtype=torch.bfloat16)
+        assert type(explainer.model) is type(model)
+        assert explainer.model.dtype == torch.bfloat16
+        assert not explainer.model.training
+        assert explainer.attribute("My cats").relevance.shape[0] == 1
+
+
+def test_load_names_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no model at '/no/such/folder': there is no such folder"):
+        load("/no/such/folder")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="unknown dtype 'float31'; allowed: float32"):
+        load(llama(), dtype="float31")
+    with pytest.raises(ValueError, match="unknown rules 'lrp'"):
+        load("/no/such/folder", rules="lrp")
+    with pytest.raises(TypeError, match="a name, a folder or a model instance, got int"):
+        load(3)
+    llama().model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match="is a LlamaModel, which has no head"):
+        load(tmp_path / "headless")
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect\nto anything")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(ValueError, match="cannot load the model 'nobody/nothing': .* connect\\); check the name"):
+        load("nobody/nothing")
+
+
+def test_progress_is_silent_without_a_terminal(capsys):
+    with _progress(5) as advance:
+        advance()
+    assert isinstance(_progress(1), nullcontext)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
