@@ -46,7 +46,7 @@ def scaled_dot_product_attention(
     elif composite.attention == "uniform":
         query, key, value = (
             scale_gradient(x, factor) if x.requires_grad else x
-            for x, factor in zip((query, key, value), composite.qkv, strict=True)
+            for x, factor in zip((query, key, value), _shares(composite, query, key, value), strict=True)
         )
     if attn_mask is not None and composite.attention != "gradient":
         attn_mask = stop(attn_mask)
@@ -57,6 +57,18 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def _shares(composite: Composite, query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float, float]:
+    """The factors of query, key and value: what a constant doesn't take, as a cross-attention's may be, its partner does."""
+    q, k, v = composite.qkv
+    if not value.requires_grad and q + k > 0:
+        q, k = q / (q + k), k / (q + k)
+    if not query.requires_grad:
+        q, k = 0.0, q + k
+    elif not key.requires_grad:
+        q, k = q + k, 0.0
+    return q, k, v if query.requires_grad or key.requires_grad else 1.0
 
 
 class _TemperedAttention(torch.autograd.Function):

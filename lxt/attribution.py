@@ -312,6 +312,7 @@ class Attribution:
             "predictions": [asdict(prediction) for prediction in self.predictions],
             "model": self.model,
             "rules": self.rules,
+            "latents": list(self.latents),
             "versions": dict(self.versions),
         }
         # clone: safetensors refuses tensors that share memory; ASCII JSON: keeps lone surrogates, which aren't UTF-8
@@ -361,7 +362,7 @@ class Attribution:
                 predictions=[Prediction(**entry) for entry in about["predictions"]],
                 model=about["model"],
                 rules=about["rules"],
-                latents={name[8:]: latent for name, latent in tensors.items() if name.startswith("latents.")},
+                latents={name: tensors[f"latents.{name}"] for name in about["latents"]},
                 versions=about["versions"],
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -26,7 +26,7 @@ from lxt.composites import Composite, resolve
 from lxt.inputs import Row, batches, check_row, offender, prepare, read, task
 from lxt.latents import Site, capture, names, sites
 from lxt.loading import dtype_of, model_of, tokenizer_of
-from lxt.patching import _OWNERS, monkey_patch
+from lxt.patching import monkey_patch, rules_of
 from lxt.targets import Goal, Score, Target, Token, evaluate, name_of, narrowed
 from lxt.targets import resolve as resolve_targets
 from lxt.tokens import display
@@ -167,12 +167,12 @@ class Attributor:
                 advance()
 
     def _patch(self) -> AbstractContextManager[Any]:
-        theirs = _OWNERS.get(self.model)
+        theirs = rules_of(self.model)
         if theirs is None:
             return monkey_patch(self.model, self.rules, patch_map=self.patch_map)
-        if theirs.composite != self.rules:  # switching would leave the caller's handle dead behind their back
+        if theirs != self.rules:  # switching would leave the caller's handle dead behind their back
             raise ValueError(
-                f"{self.name} is already patched with the rules {theirs.composite.name!r}, and this Attributor's are "
+                f"{self.name} is already patched with the rules {theirs.name!r}, and this Attributor's are "
                 f"{self.rules.name!r}; remove that patch first, or give the Attributor the same rules"
             )
         return nullcontext()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -102,7 +102,13 @@ def audit(
                 f"{', a constant' if isinstance(value, Tensor) and value.grad_fn is None else ''}; "
                 "select one logit of the output and don't detach it"
             )
-        graph = Graph(value.grad_fn, _nodes_of(output), observer)
+        outputs = _nodes_of(output)
+        if not outputs:  # or everything would be taken for the target's own, and differentiated
+            raise ValueError(
+                f"no tensor that depends on {', '.join(leaves)} found in the output, a {type(output).__name__}; "
+                "return a tensor, a tuple, a mapping or a dataclass"
+            )
+        graph = Graph(value.grad_fn, outputs, observer)
         treated = treatments(graph, composite)
         with _hooked(treated):
             # saved values are read by the hooks, after the node itself has run: the graph must be kept until then
@@ -159,7 +165,12 @@ def _nodes_of(output: Any) -> list[Node]:
     """The nodes that made a forward's output; what lies behind them is the model, what doesn't is the target."""
     if isinstance(output, Tensor):
         return [] if output.grad_fn is None else [output.grad_fn]
-    members = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    if isinstance(output, Mapping):
+        members = list(output.values())
+    elif isinstance(output, (list, tuple)):
+        members = list(output)
+    else:
+        members = [getattr(output, field.name) for field in fields(output)] if is_dataclass(output) else []
     return [node for member in members for node in _nodes_of(member)]
 
 

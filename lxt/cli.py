@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,8 @@ import typer
 import lxt
 
 if TYPE_CHECKING:
-    from lxt.attributor import Attributor
+    from lxt.attribution import Attribution
+    from lxt.targets import Target
 
 __all__ = ["app", "main"]
 
@@ -66,7 +68,7 @@ def attribute(
     wanted = tuple(latents or (("residual",) if plot else ()))
     # kind is checked by Target, at run time like all that is typed at a terminal.
     what = lxt.Target(target, kind=kind, contrast=contrast)  # type: ignore[arg-type]
-    out = _load(model, rules, device, dtype).attribute(text, target=what, latents=wanted)
+    out = _explained(text, model, rules, device, dtype, what, wanted)
     as_json = json.dumps(out.to_dict(latents=bool(latents)))
     if json_ == Path("-"):
         print(as_json)
@@ -93,9 +95,11 @@ def check(
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
-    """Whether a model is explained as it should: same logits, relevance conserved, no unknown operation."""
-    report = _load(model, rules, device, dtype).attribute(text).check()
+    """Whether a model is explained as it should: same logits, every operation has its rule, the auditor agrees."""
+    report = _explained(text, model, rules, device, dtype).check()
     print(report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -141,12 +145,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(getattr(error, "exit_code", 1))
 
 
-def _load(model: str, rules: str, device: str | None, dtype: str | None) -> Attributor:
-    # A wrong name must not cost a download before it is noticed.
+def _explained(
+    text: str,
+    model: str,
+    rules: str,
+    device: str | None,
+    dtype: str | None,
+    target: Target | None = None,
+    latents: tuple[str, ...] = (),
+) -> Attribution:
     from lxt.composites import resolve
 
-    composite = resolve(rules)
-    return lxt.load(model, rules=composite, device=device, dtype=dtype)
+    composite = resolve(rules)  # before anything is downloaded
+    with _silent_libraries(model):
+        explainer = lxt.load(model, rules=composite, device=device, dtype=dtype)
+        return explainer.attribute(text, target=target, latents=latents)
+
+
+@contextmanager
+def _silent_libraries(model: str) -> Iterator[None]:
+    # What goes wrong is said once, by main. Progress bars stay where somebody sees them and waits.
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as transformers
+
+    before = hub.get_verbosity(), transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+    hub.set_verbosity_error()
+    transformers.set_verbosity_error()
+    if model == "tiny" or not sys.stderr.isatty():
+        transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub.set_verbosity(before[0])
+        transformers.set_verbosity(before[1])
+        if before[2]:
+            transformers.enable_progress_bar()
 
 
 def _say(line: str) -> None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,17 +27,18 @@ from lxt.graph import refuse_foreign_functions
 from lxt.mode import RuleMode
 from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
+from lxt.preconditions import refuse_what_has_no_rule
+from lxt.swapping import swap_class_forward, swap_forward
 
-__all__ = ["PatchHandle", "monkey_patch"]
+__all__ = ["ModeFactory", "PatchHandle", "monkey_patch", "patch_model", "rules_of"]
 
-_ABSENT = object()
+ModeFactory = Callable[[Composite, Mapping[str, str]], RuleMode]
+
 _RUNNING: ContextVar[object | None] = ContextVar("lxt_running", default=None)
 # The one registry: which patch a module, or a transformers modeling module, belongs to. Weak on both sides, so that a
 # model that is dropped while patched is freed.
 _OWNERS: weakref.WeakKeyDictionary[Any, weakref.ref[_Patch]] = weakref.WeakKeyDictionary()
 _OWNERS_LOCK = threading.RLock()
-
-SUPPORTED_ATTENTION = ("eager", "sdpa")
 
 
 def monkey_patch(
@@ -72,24 +73,38 @@ def monkey_patch(
     if patch_map is not None and patch_map.rules is not None:
         if rules not in ("attnlrp", patch_map.rules.name, patch_map.rules):
             raise ValueError(
-                f"patch_map is made for the rules {patch_map.rules.name!r}, but rules={composite.name!r} was asked for; "
-                "leave one of them out"
+                f"patch_map is made for the rules {patch_map.rules.name!r}, but rules={composite.name!r} was asked "
+                "for; leave one of them out"
             )
         composite = patch_map.rules
-    with _OWNERS_LOCK:
-        if isinstance(target, nn.Module):
-            _release(target)
-            patch: _Patch = _ModelPatch(target, composite, patch_map)
-        elif isinstance(target, ModuleType):
-            patch = _ClassesPatch(target, composite, patch_map)
-        else:
-            raise TypeError(
-                f"monkey_patch takes a model (torch.nn.Module) or a transformers modeling module, got "
-                f"{type(target).__name__}: pass the loaded model, not its name"
-            )
+    if isinstance(target, nn.Module):
+        handle = patch_model(target, composite, patch_map)
+    elif isinstance(target, ModuleType):
+        with _OWNERS_LOCK:
+            handle = PatchHandle(_ClassesPatch(target, composite, patch_map))
+    else:
+        raise TypeError(
+            f"monkey_patch takes a model (torch.nn.Module) or a transformers modeling module, got "
+            f"{type(target).__name__}: pass the loaded model, not its name"
+        )
     if verbose:
-        print(patch.describe())
-    return PatchHandle(patch)
+        print(handle.describe())
+    return handle
+
+
+def patch_model(
+    model: nn.Module, composite: Composite, patch_map: PatchMap | None = None, mode: ModeFactory = RuleMode
+) -> PatchHandle:
+    """monkey_patch for a model instance, with a mode of the caller's: one that also keeps account, for instance."""
+    with _OWNERS_LOCK:
+        _release(model)
+        return PatchHandle(_ModelPatch(model, composite, patch_map, mode))
+
+
+def rules_of(model: nn.Module) -> Composite | None:
+    """The composite that the model is patched with at the moment, if it is."""
+    owner = _owner(model)
+    return None if owner is None else owner.composite
 
 
 class PatchHandle:
@@ -113,6 +128,10 @@ class PatchHandle:
         with _OWNERS_LOCK:
             self._patch.remove()
 
+    def describe(self) -> str:
+        """One line: what is patched, under which rules, and how much of it has a fused forward."""
+        return self._patch.describe()
+
     def __enter__(self) -> PatchHandle:
         return self
 
@@ -120,7 +139,7 @@ class PatchHandle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"<PatchHandle: {self._patch.describe()}{'' if self.active else ' (removed)'}>"
+        return f"<PatchHandle: {self.describe()}{'' if self.active else ' (removed)'}>"
 
 
 class _Patch:
@@ -142,12 +161,14 @@ class _Patch:
 class _ModelPatch(_Patch):
     """The rules on one model instance."""
 
-    def __init__(self, model: nn.Module, composite: Composite, patch_map: PatchMap | None) -> None:
+    def __init__(
+        self, model: nn.Module, composite: Composite, patch_map: PatchMap | None, mode: ModeFactory = RuleMode
+    ) -> None:
         super().__init__(composite)
-        _refuse_what_has_no_rule(model)
+        refuse_what_has_no_rule(model)
         self._model = weakref.ref(model)
         self._map = patch_map_for(model) if patch_map is None else patch_map
-        self._mode = functools.partial(RuleMode, composite, self._map.operations)
+        self._mode = functools.partial(mode, composite, self._map.operations)
         self._mode()  # a wrong declaration fails here and not in the first forward
         self._lock = threading.Lock()
         self._runs = 0
@@ -171,10 +192,10 @@ class _ModelPatch(_Patch):
         factory = self._map.forwards.get(name) or fence_for(module)
         forward = factory(module, self.composite) if factory else None
         if forward is not None:
-            self._undo.callback(_swap_forward(module, self._fused(forward)))
+            self._undo.callback(swap_forward(module, self._fused(forward)))
             self.fused[name] = self.fused.get(name, 0) + 1
         if is_target or _is_entry(module):
-            self._undo.callback(_swap_forward(module, self._entry))
+            self._undo.callback(swap_forward(module, self._entry))
 
     def _fused(self, forward: Callable) -> Callable[[Callable], Callable]:
         def make(previous: Callable) -> Callable:
@@ -274,24 +295,20 @@ class _ClassesPatch(_Patch):
         if previous is not None:
             previous.remove()
         for cls in classes:
-            self._patch_class(cls)
+            self._undo.callback(swap_class_forward(cls, self._entry))
         self.classes = [cls.__name__ for cls in classes]
         _own(module, self)
 
     def describe(self) -> str:
         return f"{self._name} under {self.composite.name!r}: {', '.join(self.classes)}"
 
-    def _patch_class(self, cls: type[nn.Module]) -> None:
-        own, previous = cls.__dict__.get("forward", _ABSENT), cls.forward
-
-        @functools.wraps(previous)
+    def _entry(self, previous: Callable) -> Callable:
         def entered_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self.active or _RUNNING.get() is not None:
                 return previous(model, *args, **kwargs)
             return self._adopt(model).run(functools.partial(previous, model), args, kwargs)
 
-        cls.forward = entered_forward
-        self._undo.callback(_restore_class_forward, cls, entered_forward, own)
+        return entered_forward
 
     def _adopt(self, model: nn.Module) -> _ModelPatch:
         with _OWNERS_LOCK:
@@ -318,15 +335,6 @@ def _remove_if_alive(reference: weakref.ref[_Patch]) -> None:
     patch = reference()
     if patch is not None:
         patch.remove()
-
-
-def _restore_class_forward(cls: type[nn.Module], ours: Callable, own: Any) -> None:
-    if cls.__dict__.get("forward") is not ours:
-        return  # somebody wrapped it since; ours is inactive and passes calls through
-    if own is _ABSENT:
-        del cls.forward
-    else:
-        cls.forward = own
 
 
 def _release(target: nn.Module) -> None:
@@ -360,60 +368,3 @@ def _model_classes(module: ModuleType) -> list[type[nn.Module]]:
     ]
     pretrained = [cls for cls in classes if any(base.__name__ == "PreTrainedModel" for base in cls.__mro__)]
     return [cls for cls in pretrained or classes if cls.forward is not nn.Module.forward]
-
-
-def _swap_forward(module: nn.Module, make: Callable[[Callable], Callable]) -> Callable[[], None]:
-    """Give one module instance another forward; returns how to put the former one back.
-
-    accelerate keeps its hook in the instance's `forward` and the model's own in `_old_forward`, so where its hook is
-    on, ours goes below it.
-    """
-    own = module.__dict__
-    slot = "_old_forward" if "_old_forward" in own else "forward"
-    previous = own.get(slot, _ABSENT)
-
-    def call_previous(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return type(module).forward(module, *args, **kwargs) if previous is _ABSENT else previous(*args, **kwargs)
-
-    replacement = MethodType(functools.wraps(type(module).forward)(make(call_previous)), module)
-    own[slot] = replacement
-
-    def restore() -> None:
-        for slot in ("forward", "_old_forward"):
-            if own.get(slot) is not replacement:
-                continue
-            if previous is not _ABSENT:
-                own[slot] = previous
-            elif slot == "forward":
-                del own[slot]
-            else:  # accelerate came after us and took ours for the model's own
-                own[slot] = MethodType(type(module).forward, module)
-
-    return restore
-
-
-def _refuse_what_has_no_rule(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and not _is_offloaded(model, name):
-            raise ValueError(
-                f"parameter {name!r} is on the meta device: the model has no weights; load it with from_pretrained, "
-                "or dispatch it with accelerate"
-            )
-    if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
-        raise ValueError(
-            "the model runs hub kernels, which have no rules; load it with use_kernels=False (or call "
-            "model.use_kernels = False) before patching"
-        )
-    config = getattr(model, "config", None)
-    implementation = getattr(config, "_attn_implementation", None)
-    for name in implementation.values() if isinstance(implementation, dict) else (implementation,):
-        if name is not None and name not in SUPPORTED_ATTENTION:
-            raise ValueError(
-                f"attention implementation {name!r} has no rule; allowed: {', '.join(SUPPORTED_ATTENTION)}: call "
-                'model.set_attn_implementation("sdpa") first'
-            )
-
-
-def _is_offloaded(model: nn.Module, parameter: str) -> bool:
-    owner = model.get_submodule(parameter.rpartition(".")[0])
-    return any(hasattr(module, "_hf_hook") for module in (owner, model))

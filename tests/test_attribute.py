@@ -1,6 +1,7 @@
 """attribute(): equal to the gradient × input that one would write by hand, in batches, with latents, and tidy."""
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -154,7 +155,9 @@ def test_equals_gradient_times_input_by_hand(build, rules):
     model = build()
     out = Attributor(model, rules=rules).attribute(PROMPTS[0], target=42)
     assert_close(out.relevance[0], by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42], rules))
-    assert out.explained[0].value == pytest.approx(float(model(torch.tensor([PROMPTS[0]])).logits[0, -1, 42]), rel=1e-4)
+    assert out.explained[0].value == pytest.approx(
+        model(torch.tensor([PROMPTS[0]])).logits[0, -1, 42].tolist(), rel=1e-4
+    )
 
 
 def test_the_default_target_is_the_prediction(tokenizer):
@@ -295,7 +298,7 @@ def test_no_grad_and_inference_mode_outside_do_not_matter():
 
 @pytest.mark.parametrize("padding", [None, 2])
 def test_a_causal_classifier_reads_the_last_token(padding):
-    model = llama(LlamaForSequenceClassification, num_labels=3, pad_token_id=padding)
+    model = llama(LlamaForSequenceClassification, num_labels=3, pad_token_id=padding).double()
     out = Attributor(model).attribute(PROMPTS, target="LABEL_2")
     for row, prompt in enumerate(PROMPTS):
         value = model(torch.tensor([prompt])).logits[0, 2]
@@ -306,7 +309,7 @@ def test_a_causal_classifier_reads_the_last_token(padding):
 
 
 def test_an_encoder_classifier_needs_no_padding():
-    model = bert(BertForSequenceClassification, num_labels=3)
+    model = bert(BertForSequenceClassification, num_labels=3).double()
     prompts = [*PROMPTS, [1, 7, 7]]
     out = Attributor(model).attribute(prompts, latents="residual")
     for row, prompt in enumerate(prompts):
@@ -393,16 +396,16 @@ def test_heads_and_neurons_are_gradient_times_projection_input(build):
 
 
 def test_every_layer_conserves_under_cp():
-    model = llama().double()  # no biases: all that remains is linear in the input
+    # No biases: all that remains is linear in the input, but LlamaRMSNorm rounds to float32 whatever the model's dtype.
+    model = llama().double()
     out = Attributor(model, rules="cp").attribute(PROMPTS, latents=("residual", "head", "neuron"))
     values = torch.tensor([explained.value for explained in out.explained], dtype=torch.float64)
-    torch.testing.assert_close(out.relevance.sum(-1), values, rtol=1e-9, atol=0)
-    torch.testing.assert_close(out.latents["residual"].sum(-1), values.expand(LAYERS, 3), rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.relevance.sum(-1), values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.latents["residual"].sum(-1), values.expand(LAYERS, 3), rtol=1e-6, atol=0)
 
 
 def test_what_heads_and_neurons_add_is_what_the_residual_stream_gains():
-    # Under CP a layer's output relevance is that of its input, plus nothing; the part that went through attention and
-    # the MLP at the last layer's explained token is read twice: as latents, and as the residual's parts by hand.
+    # The output projections are linear and have no bias, so what enters them leaves them.
     model = llama().double()
     out = Attributor(model, rules="cp").attribute(PROMPTS[0], target=42, latents=("residual", "head", "neuron"))
     parts = {}
@@ -443,23 +446,24 @@ def test_checkpointing_gives_the_same_latents(build):
     assert model.training
 
 
-def test_taps_keep_no_activation_of_a_checkpointed_layer():
-    """What a tap saves inside a checkpoint is dropped after the forward and comes from the recomputation."""
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_taps_keep_no_activation_of_a_checkpointed_layer(checkpointed):
     inner, outer = nn.Linear(4, 4), nn.Linear(4, 4)
     x = torch.randn(1, 2, 4, requires_grad=True)
-    seen = []
+    activations = []
 
-    def packed(tensor):
-        seen.append(tensor.shape)
-        return tensor
+    def layer(x):
+        hidden = x.tanh()
+        activations.append(weakref.ref(hidden))
+        return inner(hidden)
 
     with capture([Site("neuron", 0, inner)], 1, 2) as sink:
-        with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
-            hidden = checkpoint(lambda x: inner(x.tanh()), x, use_reentrant=False)
-            outer(hidden).sum().backward()
+        output = outer(checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x))
+        assert (activations[0]() is None) is checkpointed  # without a checkpoint the graph holds it
+        output.sum().backward()
     (gradient,) = torch.autograd.grad(outer(inner(x.tanh())).sum(), x)
-    tanh_gradient = gradient / (1 - x.tanh() ** 2)
-    torch.testing.assert_close(sink.stacked("neuron", torch.ones(1, 2, dtype=torch.bool))[0], x.tanh() * tanh_gradient)
+    expected = x.tanh() * gradient / (1 - x.tanh() ** 2)
+    torch.testing.assert_close(sink.stacked("neuron", torch.ones(1, 2, dtype=torch.bool))[0], expected.detach())
 
 
 def test_a_second_backward_overwrites_and_padding_is_zero():
@@ -602,7 +606,7 @@ def test_weights_that_are_not_finite_are_named(number):
 
 
 def test_too_long_with_its_target():
-    with pytest.raises(ValueError, match="the prompt with its target has 65 tokens, and the context .* is 64"):
+    with pytest.raises(ValueError, match=r"the prompt with its target has 65 tokens, and the context .* is 64"):
         Attributor(llama()).attribute(list(range(2, 62)), lxt.Target([7] * 6))
 
 
@@ -655,7 +659,7 @@ def test_load_names_what_is_missing(tmp_path, monkeypatch):
         raise OSError("We couldn't connect\nto anything")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
-    with pytest.raises(ValueError, match="cannot load the model 'nobody/nothing': .* connect\\); check the name"):
+    with pytest.raises(ValueError, match=r"cannot load the model 'nobody/nothing': .* connect\); check the name"):
         load("nobody/nothing")
 
 

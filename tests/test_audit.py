@@ -8,8 +8,9 @@ what a few hundred operations accumulate (1e-14 as measured) and far below any r
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,13 +170,14 @@ class Small(nn.Module):
         self.dropout = nn.Dropout(0.9)
         self.operation = operation
         self.seen: list[tuple[bool, bool]] = []
-        self.trace: weakref.ref | None = None
+        self.graph: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append((self.linear.weight.requires_grad, self.dropout.training))
         hidden = self.dropout(self.linear(x))
-        self.trace = weakref.ref(hidden)
-        return self.frozen(self.operation(hidden))
+        output = self.frozen(self.operation(hidden))
+        self.graph = (x, output)
+        return output
 
 
 def state(model: nn.Module) -> list[bool]:
@@ -193,8 +195,10 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():  # a caller's context doesn't matter
         assert audit(model, {"x": x}, torch.sum, wrt="x").relevance["x"].shape == x.shape
-    assert model.trace is not None
-    assert model.trace() is None  # nothing keeps the graph
+    x, output = model.graph  # a hook that stays would keep the graph alive, and still be there
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    (expected,) = torch.autograd.grad(model.eval()(x).sum(), x)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_the_model_is_left_as_it_was_after_an_exception() -> None:
@@ -244,6 +248,24 @@ def test_what_the_target_computes_is_not_the_model() -> None:
     (gradient,) = torch.autograd.grad(model(x).log_softmax(-1)[0, 1], x)
     torch.testing.assert_close(found.relevance["input"], x.detach() * gradient)
     assert set(found.nodes) == {"linear"}
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+@pytest.mark.parametrize("wrap", [Output, lambda logits: {"logits": (logits,)}, lambda logits: [logits]])
+def test_the_model_is_found_behind_its_output(wrap: Callable) -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Module())
+    model[1].forward = wrap
+    values: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, inputs, output: values.append(output))
+    found = audit(model, {"input": torch.tensor([2.0])}, lambda output: values[-1].sum(), wrt="input")
+    assert found.nodes["identity"] == 1
+    model[1].forward = lambda logits: SimpleNamespace(logits=logits)
+    with pytest.raises(ValueError, match="a SimpleNamespace"):
+        audit(model, {"input": torch.tensor([2.0])}, lambda output: output.logits.sum(), wrt="input")
 
 
 @pytest.mark.parametrize(

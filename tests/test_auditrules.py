@@ -278,6 +278,16 @@ def test_a_sigmoid_in_attention_is_not_a_gate() -> None:
     assert run(formula, CP_LRP, q=Q, k=K, v=V).relevance["q"].abs().max() == 0
 
 
+def test_a_softmax_written_out_keeps_its_exponentials_and_stops_its_sum() -> None:
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.exp(q @ k.mT)
+        return weights / weights.sum(-1, keepdim=True) @ v * G
+
+    c_logits = torch.softmax(Q @ K.mT, -1) * (G @ V.mT)
+    torch.testing.assert_close(run(formula, q=Q, k=K, v=V).relevance["q"], Q * (c_logits @ K) / 4)
+    assert run(formula, CP_LRP, q=Q, k=K, v=V).relevance["q"].abs().max() == 0
+
+
 def test_a_router_shares_or_stops() -> None:
     def routed(x: Tensor, e: Tensor) -> Tensor:
         weights = torch.softmax(x, -1).topk(2).values

@@ -14,8 +14,8 @@ Theme = tuple[RGB, RGB, RGB]  # neutral (the page), positive end, negative end
 
 LIGHT: Theme = ((255, 255, 255), (190, 20, 40), (20, 85, 185))
 DARK: Theme = ((23, 25, 30), (255, 112, 96), (96, 168, 255))
-_TERMINAL: Theme = ((125, 125, 128), (200, 24, 38), (26, 92, 214))  # readable on black and on white alike
-_INKS: tuple[RGB, RGB] = ((16, 18, 22), (255, 255, 255))
+_TERMINAL: Theme = ((110, 110, 113), (200, 24, 38), (26, 92, 214))  # readable on black and on white alike
+_INKS: tuple[RGB, RGB] = ((4, 4, 6), (255, 255, 255))  # one of them has a contrast of 4.5 on any colour
 
 
 def luminance(color: RGB) -> float:

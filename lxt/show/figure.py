@@ -260,8 +260,8 @@ def _label(axes: Axes, labels: list[str], width: int) -> None:
     axes.set_xticks(range(len(words)), words)
     for tick in axes.get_xticklabels():
         tick.set(fontsize=size, rotation=angle, rotation_mode="anchor", parse_math=False, fontfamily=_families())
-        tick.set(horizontalalignment="right", verticalalignment="center" if angle == 90 else "baseline")
-    axes.tick_params(which="both", length=0)
+        tick.set(horizontalalignment="right", verticalalignment="center")
+    axes.tick_params(which="both", length=0, pad=6)
     axes.spines[:].set_visible(False)
     if width > 1:
         axes.set_xlabel(f"each column sums {width} neighbouring tokens and names the first", fontsize=8, color=_QUIET)

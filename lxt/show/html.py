@@ -164,12 +164,12 @@ def _heatmap(row: Row, budget: int) -> str:
         return ""
     scores, labels, muted, width = binned(row, max(24, budget // row.layers.shape[0]))
     scale = row.scale or float(scores.abs().max()) or 1.0  # the text's, so that a colour means one thing on the page
-    cell = min(46, max(13, 900 // max(1, len(labels))))
+    cell = min(46, max(13, 840 // max(1, len(labels))))
     joined = f" Each column sums {width} neighbouring tokens and names the first." if width > 1 else ""
     return (
         f"<h3>Layers × tokens</h3><div class=scroll>{_svg(scores, labels, muted, row.layer_names, cell, scale)}</div>"
-        f'<p class="quiet">Relevance on its way from the output (top) to the embeddings (bottom); full colour is '
-        f"±{amount(scale)} {_text(unit(row.explained.kind))}.{joined}</p>"
+        f'<p class="quiet">Relevance on its way from the output (top) to the embeddings (bottom), in the colours '
+        f"of the text: full from ±{amount(scale)} {_text(unit(row.explained.kind))} on.{joined}</p>"
     )
 
 

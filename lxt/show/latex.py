@@ -121,8 +121,7 @@ def _document(blocks: Sequence[Block]) -> str:
 def _word(word: str, background: colors.RGB | None) -> str:
     text = word.rstrip("\n")
     core = text.lstrip(" ") or text.replace(" ", "\xa0")
-    lead = len(text) - len(core)
-    spaces = " " * (lead > 0) + "\\ " * (lead - 1)  # TeX takes several spaces for one
+    spaces = "\\ " * (len(text) - len(core))  # TeX drops plain ones at the start of a line
     inside = rf"\strut {_set(core).replace(chr(0xA0), '~')}"
     box = rf"\mbox{{{inside}}}" if background is None else _box(background, inside)
     return f"{spaces}{box}\\allowbreak{{}}" + ("\\\\\n" if word.endswith("\n") else "%\n")

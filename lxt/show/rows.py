@@ -14,9 +14,8 @@ from lxt.show.words import amount, percent, shorten
 if TYPE_CHECKING:
     from lxt.attribution import Attribution, Explained, Prediction
 
-__all__ = ["LOWERS", "RAISES", "Row", "binned", "rows", "unit"]
+__all__ = ["Row", "binned", "rows", "unit"]
 
-RAISES, LOWERS = "raises", "lowers"
 _UNITS = {"logprob": "log-probability", "prob": "probability", "centered": "centred logit", "custom": "value"}
 
 
@@ -77,7 +76,10 @@ class Row:
     def conserved(self) -> str:
         """The conservation line, e.g. `Σ relevance 12.31 of logit 14.02 (88.0 %)`."""
         line = f"Σ relevance {amount(self.total, 4)} of {self.value}"
-        return line if self.explained.value == 0 else f"{line} ({percent(self.total / self.explained.value)})"
+        if self.explained.value == 0:
+            return line
+        ratio = self.total / self.explained.value  # of a log-probability near 0 it can be anything
+        return f"{line} ({percent(ratio) if abs(ratio) < 10 else f'{amount(ratio)} times'})"
 
     @property
     def note(self) -> str | None:

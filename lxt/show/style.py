@@ -21,13 +21,14 @@ color:var(--muted);margin:1.9rem 0 .6rem}
 .lxt p{margin:.15rem 0;overflow-wrap:anywhere}.lxt .quiet{color:var(--muted)}
 .lxt .text{font-size:1.3rem;line-height:1.85;margin:1.1rem 0 .9rem;white-space:pre-wrap;overflow-wrap:anywhere;
 unicode-bidi:isolate;max-width:64rem}
-.lxt .t{position:relative;padding:.18em .1em;border-radius:.22em;box-decoration-break:clone;
+.lxt .t{position:relative;padding:.18em .03em;border-radius:.22em;box-decoration-break:clone;
 -webkit-box-decoration-break:clone}
 .lxt .s{font-size:.72em;color:var(--muted);border:1px dashed var(--line)}
 .lxt .t:hover{outline:2px solid var(--muted)}
 .lxt .t:focus-visible{outline:3px solid var(--text);outline-offset:1px;z-index:2}
 .lxt .t:focus-visible::after{content:attr(title);position:absolute;left:0;top:115%;background:var(--text);
-color:var(--page);font:13px/1.4 system-ui,sans-serif;padding:.25em .6em;border-radius:.3em;white-space:nowrap;z-index:3;direction:ltr}
+color:var(--page);font:13px/1.4 system-ui,sans-serif;padding:.25em .6em;border-radius:.3em;
+white-space:nowrap;z-index:3;direction:ltr}
 .lxt .key{display:flex;flex-wrap:wrap;gap:.1rem .7rem;align-items:center;font-size:.85rem;color:var(--muted)}
 .lxt .bar{display:inline-flex;height:.8rem;width:13rem;border-radius:.2rem;overflow:hidden;border:1px solid var(--line)}
 .lxt .bar i{flex:1}
@@ -40,7 +41,7 @@ color:var(--page);font:13px/1.4 system-ui,sans-serif;padding:.25em .6em;border-r
 .lxt svg text{fill:var(--text);font-size:11px;font-family:inherit;unicode-bidi:isolate}
 .lxt svg .m{fill:var(--soft)}.lxt svg .g{fill:var(--page);stroke:var(--soft)}
 .lxt details{margin-top:1.2rem}.lxt summary{cursor:pointer;color:var(--muted);font-size:.9rem}
-.lxt nav ol{padding-left:1.5rem}.lxt a{color:inherit}
+.lxt nav ol{padding-left:1.5rem;margin:0 0 2rem}.lxt a{color:inherit}
 .lxt footer{color:var(--muted);font-size:.8rem;border-top:1px solid var(--line);padding-top:.8rem;
 overflow-wrap:anywhere}
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ _PIECES = "|".join(
         r"\s+",
     )
 )
-_MERGES = 1500  # more than the lexicon needs: the trainer stops when every word is one token
+_MERGES = 300  # for text outside the lexicon; the pieces of the generated text are whole tokens anyway
 
 
 def train_tokenizer(context: int) -> PreTrainedTokenizerFast:
@@ -53,16 +54,18 @@ def train_tokenizer(context: int) -> PreTrainedTokenizerFast:
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    corpus = _corpus()
+    tokenizer.train_from_iterator(corpus, trainer)
 
-    # The trainer's own file is the only way to the merges. With ignore_merges a whole piece that is in the
-    # vocabulary is one token, which is what the digit groups need: they have no merges.
+    # With ignore_merges a piece that stands in the vocabulary is one token, merges or not: so every word of the
+    # generated text and every group of digits is one, and none of them is rarer than the other in being whole.
+    pieces = Counter(piece for text in corpus for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    words = sorted(piece for piece, count in pieces.items() if count > 1)
+    groups = [f"{n:0{width}d}" for width in (1, 2, 3) for n in range(10**width)] + [f"Ġ{n}" for n in range(100)]
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
-    groups = [f"{n:0{width}d}" for width in (1, 2, 3) for n in range(10**width)]
-    groups += [f"Ġ{n}" for n in range(100)] + [f"Ġ0{n}" for n in range(10)]
-    for group in groups:
-        vocabulary.setdefault(group, len(vocabulary))
+    for token in (*words, *groups):
+        vocabulary.setdefault(token, len(vocabulary))
     state["model"]["ignore_merges"] = True
     tokenizer = Tokenizer.from_str(json.dumps(state))
     bos = tokenizer.token_to_id("<bos>")

@@ -1,0 +1,190 @@
+"""Is this attribution right? What `Attribution.check()` runs and reports.
+
+ 1. The bare model runs: its logits must be those that were explained.
+ 2. The model runs again with a ledger: what sums to the explained value, and where the rest went.
+ 3. The auditor computes the relevance by a second mechanism: it must be the same.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lxt.ledger import Ledger
+from lxt.mode import UnknownOperation
+from lxt.patches import patch_map_for
+from lxt.patching import patch_model
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lxt.attributor import Attributor, Request, Result
+
+__all__ = ["CheckReport", "Leak", "check"]
+
+# How far two right computations of a relevance may lie apart, relative to the largest one, by the model's dtype:
+# about 10 layers' worth of rounding, measured in tests/test_checking.py.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Relevance that some operations kept.
+
+    Attributes:
+        kind: bias, softmax, constant (learned positions, masks, prompts of parameters), or bias and epsilon.
+        amount: in the unit of the explained value.
+        modules: path -> amount, the largest first.
+    """
+
+    kind: str
+    amount: float
+    modules: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The report on an attribution; `print` it, or look at `ok`.
+
+    Attributes:
+        value: the explained value, summed over the batch.
+        total: the sum of all relevance of the input.
+        leaks: where the difference went, the largest first.
+        rest: what no leak explains: rounding, or the target's own function where it is not linear in the logits.
+        forward_difference: the largest difference between the bare model's logits and the explained ones.
+        forward_scale: the largest logit, which the difference is relative to.
+        audit_difference: the largest difference to the auditor's relevance, relative to the largest relevance.
+        audit_note: why the auditor could not judge, else "".
+        unknown: operations without a rule.
+        dtype: the model's.
+    """
+
+    value: float
+    total: float
+    leaks: tuple[Leak, ...]
+    rest: float
+    forward_difference: float
+    forward_scale: float
+    audit_difference: float | None
+    audit_note: str
+    unknown: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def forward_equal(self) -> bool:
+        """Whether patching left the logits as they were, to two units in the last place of the largest."""
+        return self.forward_difference <= 2 * torch.finfo(self.dtype).eps * self.forward_scale
+
+    @property
+    def ok(self) -> bool:
+        """Whether the logits are unchanged, every operation has its rule, and the auditor, if it could, agrees."""
+        agreed = self.audit_difference is None or self.audit_difference <= TOLERANCE.get(self.dtype, 1e-3)
+        return self.forward_equal and not self.unknown and agreed
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console.print(self.__rich__())
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": str(self)}
+
+    def __rich__(self) -> RenderableType:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="check: " + ("passed" if self.ok else "FAILED"), show_header=False, title_justify="left")
+        share = f" ({self.total / self.value:.1%})" if self.value else ""
+        table.add_row("conservation", f"Σ relevance {self.total:.4g} of {self.value:.4g}{share}")
+        for leak in self.leaks:
+            where = ", ".join(f"{path or 'the model itself'} {amount:+.3g}" for path, amount in _first(leak.modules, 3))
+            table.add_row(f"  kept by {leak.kind}", Text(f"{leak.amount:+.4g}   most: {where}"))
+        table.add_row("  rest", f"{self.rest:+.2g}")
+        same = "unchanged" if self.forward_equal else "CHANGED"
+        table.add_row("logits", f"{same} (largest difference {self.forward_difference:.2g})")
+        if self.audit_difference is None:
+            table.add_row("auditor", Text(f"could not judge: {self.audit_note}"))
+        else:
+            table.add_row("auditor", f"differs by {self.audit_difference:.1e} of the largest relevance")
+        table.add_row("operations without a rule", Text(", ".join(self.unknown) or "none"))
+        return table
+
+
+def _first(amounts: dict[str, float], count: int) -> list[tuple[str, float]]:
+    return list(amounts.items())[:count]
+
+
+def check(attributor: Attributor, request: Request) -> CheckReport:
+    """Run a request again, in the three ways above; `Attribution.check()` calls it.
+
+    Args:
+        attributor: the model, its tokenizer and rules.
+        request: what was explained.
+    """
+    request = replace(request, latents=())
+    model, rules = attributor.model, attributor.rules
+    explained = list(attributor.results(request))
+    bare = list(attributor.results(request, nullcontext))
+
+    ledger = Ledger.of(model)
+    patch_map = attributor.patch_map if attributor.patch_map is not None else patch_map_for(model)
+    in_the_open = replace(patch_map, forwards={}, rules=None)  # fused forwards hide operations from the ledger
+    unknown: tuple[str, ...] = ()
+    try:
+        list(attributor.results(request, partial(patch_model, model, rules, in_the_open, ledger.mode)))
+    except UnknownOperation as error:
+        unknown = (error.operation,)
+
+    value = float(sum(result.values.double().sum() for result in explained))
+    total = float(sum(result.relevance.double().sum() for result in explained))
+    leaks = _leaks(ledger)
+    difference, note = _audit(attributor, request, explained)
+    return CheckReport(
+        value=value,
+        total=total,
+        leaks=leaks,
+        rest=value - total - sum(leak.amount for leak in leaks),
+        forward_difference=max(float((a.logits - b.logits).abs().max()) for a, b in zip(explained, bare, strict=True)),
+        forward_scale=max(float(result.logits.abs().max()) for result in bare),
+        audit_difference=difference,
+        audit_note=note,
+        unknown=unknown,
+        dtype=next(model.parameters()).dtype,
+    )
+
+
+def _leaks(ledger: Ledger) -> tuple[Leak, ...]:
+    by_kind: dict[str, dict[str, float]] = {}
+    for (kind, path), amount in ledger.entries.items():
+        by_kind.setdefault(kind, {})[path] = amount
+    leaks = []
+    for kind, amounts in by_kind.items():
+        ordered = dict(sorted(amounts.items(), key=lambda item: -abs(item[1])))
+        leaks.append(Leak(kind, sum(amounts.values()), ordered))
+    return tuple(sorted(leaks, key=lambda leak: -abs(leak.amount)))
+
+
+def _audit(attributor: Attributor, request: Request, explained: Sequence[Result]) -> tuple[float | None, str]:
+    """The largest difference to the auditor's relevance, or None and why there is none."""
+    try:
+        audited = list(attributor.audited(request))
+    except (ValueError, NotImplementedError) as error:
+        return None, str(error).splitlines()[0]
+    unknown = sorted({name for _, names in audited for name in names})
+    if unknown:
+        return None, f"no rule in the auditor for {', '.join(unknown)}"
+    largest = max(float(result.relevance.abs().max()) for result in explained)
+    return max(_distance(a.relevance, b) for a, (b, _) in zip(explained, audited, strict=True)) / (largest or 1.0), ""
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())

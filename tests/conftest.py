@@ -1,0 +1,19 @@
+"""What holds for all tests: no network, one thread, and those marked gpu only where there is one."""
+
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything imports it
+
+import torch
+
+torch.set_num_threads(1)  # tests run in several processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
