@@ -18,6 +18,7 @@ help:
 	@echo "make clean  remove .venv and everything built"
 
 demo: $(VENV)/.has-run
+	@echo "lxt: the bundled model explains a sentence (examples/demo.py)"
 	@$(RUN) examples/demo.py
 
 test: $(VENV)/.has-test

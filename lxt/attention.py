@@ -16,7 +16,7 @@ from lxt.coefficients import wide
 from lxt.composites import Composite
 from lxt.rules import scale_gradient, stop, tempered_softmax
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["scaled_dot_product_attention", "under_rule"]
 
 
 def scaled_dot_product_attention(
@@ -41,13 +41,7 @@ def scaled_dot_product_attention(
         scale: as torch's.
         enable_gqa: as torch's.
     """
-    if composite.attention == "value_only":
-        query, key = stop(query), stop(key)
-    elif composite.attention == "uniform":
-        query, key, value = (
-            scale_gradient(x, factor) if x.requires_grad else x
-            for x, factor in zip((query, key, value), _shares(composite, query, key, value), strict=True)
-        )
+    query, key, value = under_rule(composite, query, key, value)
     if attn_mask is not None and composite.attention != "gradient":
         attn_mask = stop(attn_mask)
     if composite.softmax_temperature != 1 and composite.attention != "value_only":
@@ -59,8 +53,21 @@ def scaled_dot_product_attention(
     )
 
 
+def under_rule(composite: Composite, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes into a fused attention, so that its plain gradient is the rule."""
+    if composite.attention == "value_only":
+        return stop(query), stop(key), value
+    if composite.attention == "gradient":
+        return query, key, value
+    shares = _shares(composite, query, key, value)
+    query, key, value = (
+        scale_gradient(x, share) if x.requires_grad else x for x, share in zip((query, key, value), shares, strict=True)
+    )
+    return query, key, value
+
+
 def _shares(composite: Composite, query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float, float]:
-    """The factors of query, key and value: what a constant doesn't take, as a cross-attention's may be, its partner does."""
+    """The factors of query, key and value; the share of a constant, as a cross-attention may have, is its partner's."""
     q, k, v = composite.qkv
     if not value.requires_grad and q + k > 0:
         q, k = q / (q + k), k / (q + k)

@@ -1,17 +1,18 @@
 """The Attributor: a model with its tokenizer and rules, which explains what the model predicts.
 
 1. `lxt.inputs` makes rows of token ids, `lxt.targets` says which positions of which rows are explained.
-2. For each batch of rows: patch, one forward from the embeddings, the logits of these positions only, one backward
-   of the sum of the rows' explained numbers, unpatch. Rows don't see each other, so the sum mixes nothing.
-3. Relevance is embedding × gradient, summed over the hidden dimension; `lxt.latents` reads the layers on the way.
+2. Each batch of rows is one pass (`lxt.passes`) under the rules; the model is patched for as long as that takes.
+3. The passes' numbers are put together in the order of the prompts.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -23,29 +24,36 @@ from torch.nn.functional import pad
 
 from lxt.attribution import Attribution, Explained, Prediction
 from lxt.composites import Composite, resolve
-from lxt.inputs import Row, batches, check_row, offender, prepare, read, task
-from lxt.latents import Site, capture, names, sites
+from lxt.inputs import Row, batches, check, read, task
+from lxt.latents import names
 from lxt.loading import dtype_of, model_of, tokenizer_of
+from lxt.passes import Result, audited, run
+from lxt.patches import patch_map_for
 from lxt.patching import monkey_patch, rules_of
-from lxt.targets import Goal, Score, Target, Token, evaluate, name_of, narrowed
+from lxt.patchmap import PatchMap
+from lxt.targets import Goal, Score, Target, Token, name_of
 from lxt.targets import resolve as resolve_targets
 from lxt.tokens import display
 
 if TYPE_CHECKING:
-    from lxt.patchmap import PatchMap
+    from lxt.checking import CheckReport
 
-__all__ = ["Attributor", "Request", "load"]
+__all__ = ["Attributor", "Request", "Result", "load"]
+
+# One lock per model, since the patch and the hooks of one pass would reach another's forward.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 OneTarget = Token | Target | Score | None
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What `attribute` was asked for, ready to run again: on other rules, or on the bare model.
+    """What `attribute` was asked for, ready to run again: under other rules, or on the bare model.
 
     Attributes:
         rows: the prompts, with a sequence target's tokens appended.
-        goals: one per row; the predicted tokens are filled in after a run.
+        goals: one per row.
         groups: which rows run together.
         latents: names of the wanted latents.
     """
@@ -53,22 +61,7 @@ class Request:
     rows: list[Row]
     goals: list[Goal]
     groups: list[list[int]]
-    latents: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """One batch's numbers, on the CPU: relevance [batch, token], logits [batch, K, vocab], values [batch]."""
-
-    relevance: Tensor
-    logits: Tensor
-    values: Tensor
-    goals: list[Goal]
-    latents: dict[str, Tensor]
-    tokens: list[list[str]]
-    token_ids: Tensor | None
-    mask: Tensor
-    special: Tensor
+    latents: tuple[str, ...] = ()
 
 
 class Attributor:
@@ -143,28 +136,38 @@ class Attributor:
         rows, goals = resolve_targets(
             target, contrast, read(inputs, self.model, self.tokenizer), self.model, self.tokenizer
         )
-        for row in rows:
-            check_row(row, self.model, "the prompt with its target")
+        check(rows, self.model, " with its target")
         request = Request(rows, goals, batches(rows, self.model, batch_size), wanted)
-        results = list(self.results(request))
+        # Only the first position's logits are needed from here on; those of a whole batch would fill the memory.
+        results = [replace(result, logits=result.logits[:, :1].clone()) for result in self.results(request)]
         return self._attribution(request, results).with_checker(partial(self._check, request))
 
     def results(
         self, request: Request, patch: Callable[[], AbstractContextManager[Any]] | None = None
     ) -> Iterator[Result]:
-        """Run the request batch by batch.
+        """Run the request, batch by batch.
 
         Args:
             request: what to run.
             patch: makes the context of each batch's forward and backward; None is the patch with this Attributor's
                 rules, `contextlib.nullcontext` the bare model.
         """
-        make = patch or self._patch
-        places = sites(self.model, self._latent_map(), request.latents)
+        patch_map = self.patch_map if self.patch_map is not None else patch_map_for(self.model)
         with _progress(len(request.groups)) as advance:
             for group in request.groups:
-                yield self._run([request.rows[i] for i in group], [request.goals[i] for i in group], places, make)
+                rows, goals = [request.rows[i] for i in group], [request.goals[i] for i in group]
+                with _lock_of(self.model):
+                    result = run(
+                        self.model, self.tokenizer, rows, goals, request.latents, patch_map, patch or self._patch
+                    )
+                yield result
                 advance()
+
+    def audited(self, request: Request) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+        """The request's relevance by the auditor's mechanism, batch by batch, with the operations unknown to it."""
+        for group in request.groups:
+            rows, goals = [request.rows[i] for i in group], [request.goals[i] for i in group]
+            yield audited(self.model, self.tokenizer, rows, goals, self.rules)
 
     def _patch(self) -> AbstractContextManager[Any]:
         theirs = rules_of(self.model)
@@ -177,51 +180,10 @@ class Attributor:
             )
         return nullcontext()
 
-    def _run(
-        self,
-        rows: Sequence[Row],
-        goals: Sequence[Goal],
-        places: Sequence[Site],
-        patch: Callable[[], AbstractContextManager[Any]],
-    ) -> Result:
-        # An outer no_grad or inference_mode is the caller's habit around models, and would leave nothing to explain.
-        with torch.inference_mode(False), torch.enable_grad():
-            prepared = prepare(rows, self.model, self.tokenizer)
-            embeds = prepared.embeds.requires_grad_()
-            where = _places(rows, goals, task(self.model))
-            with (
-                capture(places, *prepared.mask.shape) as sink,
-                narrowed(self.model, where) as finish,
-                patch(),
-            ):
-                output = self.model(inputs_embeds=embeds, **prepared.arguments(self.model))
-                logits = finish(output.logits if hasattr(output, "logits") else output[0])
-                if not logits.isfinite().all():
-                    raise ValueError(f"the logits of {self.name} are not finite: {offender(self.model)}")
-                values, filled = evaluate(logits, goals)
-                (gradient,) = torch.autograd.grad(values.sum(), embeds)
-        wide = torch.promote_types(embeds.dtype, torch.float32)
-        relevance = (embeds.detach().to(wide) * gradient.to(wide)).sum(-1).cpu()
-        if not relevance[prepared.mask].isfinite().all():
-            raise ValueError(
-                f"the relevance is not finite, though the logits of {self.name} are: the backward overflows in "
-                f"{embeds.dtype}; load the model with dtype='bfloat16' or 'float32'"
-            )
-        return Result(
-            relevance=relevance.masked_fill(~prepared.mask, 0),
-            logits=logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).cpu(),
-            values=values.detach().cpu(),
-            goals=filled,
-            latents={name: sink.stacked(name, prepared.mask) for name in {place.latent for place in places}},
-            tokens=prepared.labels,
-            token_ids=prepared.token_ids,
-            mask=prepared.mask,
-            special=prepared.special,
-        )
+    def _check(self, request: Request) -> CheckReport:
+        from lxt.checking import check as report
 
-    def _check(self, request: Request) -> Any:
-        """The report behind `Attribution.check()`."""
-        raise NotImplementedError("the report is not written yet")
+        return report(self, request)
 
     def _attribution(self, request: Request, results: Sequence[Result]) -> Attribution:
         """The batches' results as one, in the order in which the prompts were given."""
@@ -280,11 +242,6 @@ class Attributor:
         probability = float(logits.softmax(-1)[token])
         return Prediction(name_of(token, self.model, self.tokenizer), token, float(logits[token]), probability)
 
-    def _latent_map(self) -> PatchMap:
-        from lxt.patches import patch_map_for
-
-        return self.patch_map if self.patch_map is not None else patch_map_for(self.model)
-
     def _refuse_meta(self) -> None:
         if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
             return  # accelerate keeps offloaded weights on meta and brings them for each module's forward
@@ -296,36 +253,23 @@ class Attributor:
                 )
 
 
-def _places(rows: Sequence[Row], goals: Sequence[Goal], kind: str) -> Tensor:
-    """[batch, K]: where in the padded batch the explained logits are; shorter rows repeat their last position."""
-    width, count = max(len(row) for row in rows), max(len(goal.positions) for goal in goals)
-    return torch.tensor(
-        [
-            [
-                place + (0 if kind == "seq2seq" else width - len(row))
-                for place in (*goal.positions, *[goal.positions[-1]] * (count - len(goal.positions)))
-            ]
-            for row, goal in zip(rows, goals, strict=True)
-        ]
-    )
+def _lock_of(model: nn.Module) -> AbstractContextManager[Any]:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
-def _progress(batches: int) -> AbstractContextManager[Callable[[], None]]:
+@contextmanager
+def _progress(batches: int) -> Iterator[Callable[[], None]]:
     """A bar on stderr, when there are several batches and someone is watching."""
     if batches < 2 or not sys.stderr.isatty():
-        return nullcontext(lambda: None)
-    from contextlib import contextmanager
-
+        yield lambda: None
+        return
     from rich.console import Console
     from rich.progress import Progress
 
-    @contextmanager
-    def shown() -> Iterator[Callable[[], None]]:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("attributing", total=batches)
-            yield lambda: progress.advance(bar)
-
-    return shown()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("attributing", total=batches)
+        yield lambda: progress.advance(bar)
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Is this attribution right? What `Attribution.check()` runs and reports.
 
- 1. The bare model runs: its logits must be those that were explained.
- 2. The model runs again with a ledger: what sums to the explained value, and where the rest went.
- 3. The auditor computes the relevance by a second mechanism: it must be the same.
+1. The bare model runs: its logits must be those that were explained.
+2. The model runs again with a ledger: what sums to the explained value, and where the rest went.
+3. The auditor computes the relevance by a second mechanism: it must be the same.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,19 +10,42 @@ from torch.autograd.function import BackwardCFunction
 
 from lxt.mode import UnknownOperation
 
-__all__ = ["refuse_foreign_functions"]
+__all__ = ["foreign_functions", "refuse_foreign_functions"]
 
 # Linear layers of quantisation libraries: the plain gradient is the rule.
 LINEAR_FUNCTIONS = frozenset({"MatMul4Bit", "MatMul8bitLt", "MatMul8bitFp"})
 
 
-def refuse_foreign_functions(output: Any, inputs: Any, declared: Mapping[str, str]) -> None:
+def refuse_foreign_functions(
+    output: Any, inputs: Any, declared: Mapping[str, str], approved: Collection[BackwardCFunction] = ()
+) -> None:
     """Search the graph of `output` back to `inputs` for custom autograd functions without a rule.
+
+    Args:
+        output: tensors, in nested tuples, lists and dicts.
+        inputs: where the search ends, likewise.
+        declared: names of functions -> "linear" for those whose plain gradient is right.
+        approved: nodes that stand under a rule already.
 
     Raises:
         ValueError: reentrant gradient checkpointing.
-        UnknownOperation: any other autograd function that isn't ours and isn't declared "linear".
+        UnknownOperation: any other autograd function.
     """
+    for node in foreign_functions(output, inputs):
+        function = type(node)._forward_cls  # type: ignore[attr-defined]
+        name = function.__name__
+        if node in approved or name in LINEAR_FUNCTIONS or declared.get(name) == "linear":
+            continue
+        if name == "CheckpointFunction":
+            raise ValueError(
+                "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; "
+                "use use_reentrant=False"
+            )
+        raise UnknownOperation(name, f" ({function.__module__}, a torch.autograd.Function)")
+
+
+def foreign_functions(output: Any, inputs: Any) -> Iterator[BackwardCFunction]:
+    """The nodes of autograd functions that aren't ours, from `output` back to `inputs`."""
     seen = {tensor.grad_fn for tensor in _tensors(inputs) if tensor.grad_fn is not None}
     todo = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     while todo:
@@ -30,22 +53,9 @@ def refuse_foreign_functions(output: Any, inputs: Any, declared: Mapping[str, st
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            _refuse(node, declared)
+        if isinstance(node, BackwardCFunction) and type(node)._forward_cls.__module__.split(".")[0] != "lxt":  # type: ignore[attr-defined]
+            yield node
         todo += [parent for parent, _ in node.next_functions if parent is not None]
-
-
-def _refuse(node: BackwardCFunction, declared: Mapping[str, str]) -> None:
-    function = type(node)._forward_cls  # type: ignore[attr-defined]
-    name = function.__name__
-    if function.__module__.split(".")[0] == "lxt" or name in LINEAR_FUNCTIONS or declared.get(name) == "linear":
-        return
-    if name == "CheckpointFunction":
-        raise ValueError(
-            "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; "
-            "use use_reentrant=False"
-        )
-    raise UnknownOperation(name, f" ({function.__module__}, a torch.autograd.Function)")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lxt.tokens import display
 
-__all__ = ["Prepared", "Row", "batches", "offender", "prepare", "read", "task"]
+__all__ = ["Prepared", "Row", "batches", "check", "context", "offender", "pads_left", "prepare", "read", "task"]
 
 ACCEPTED = (
     "a string, a list of strings, chat messages (dicts with 'role' and 'content') or a list of such chats, token ids "
@@ -136,8 +136,7 @@ def read(inputs: object, model: nn.Module, tokenizer: Any = None) -> list[Row]:
         raise ValueError(f"inputs is an empty {type(inputs).__name__}; give at least one prompt: {ACCEPTED}")
     else:
         raise TypeError(f"inputs must be {ACCEPTED}; got {type(inputs).__name__}")
-    for index, row in enumerate(rows):
-        check_row(row, model, f"prompt {index}" if len(rows) > 1 else "the prompt")
+    check(rows, model)
     return rows
 
 
@@ -214,15 +213,21 @@ def _tensor(tensor: Tensor, model: nn.Module) -> list[Row]:
     return [_ids(row) for row in (tensor if tensor.dim() == 2 else tensor[None]).tolist()]
 
 
-def check_row(row: Row, model: nn.Module, name: str) -> None:
+def check(rows: Sequence[Row], model: nn.Module, suffix: str = "") -> None:
     """Refuse what the model cannot run on: no tokens, unknown ids, a wrong width, more tokens than the context.
 
     Raises:
-        ValueError: says which of these it was.
+        ValueError: says which of these it was, and in which prompt.
     """
+    shape, limit = _embedding(model).weight.shape, context(model)
+    for index, row in enumerate(rows):
+        _check_row(row, model, (f"prompt {index}" if len(rows) > 1 else "the prompt") + suffix, shape, limit)
+
+
+def _check_row(row: Row, model: nn.Module, name: str, shape: torch.Size, limit: int | None) -> None:
+    size, width = shape
     if not len(row):
         raise ValueError(f"{name} has no tokens; give at least one")
-    size, width = _embedding(model).weight.shape
     wrong = [token for token in (*row.ids, *row.decoder) if not 0 <= token < size]
     if wrong:
         raise ValueError(
@@ -237,7 +242,6 @@ def check_row(row: Row, model: nn.Module, name: str) -> None:
     if row.embeds is not None and not row.embeds.isfinite().all():
         first = int((~row.embeds.isfinite()).any(-1).nonzero()[0])
         raise ValueError(f"{name} has NaN or inf in its embeddings, first at token {first}; give finite numbers")
-    limit = context(model)
     if limit is not None and len(row) > limit:
         raise ValueError(
             f"{name} has {len(row)} tokens, and the context of {type(model).__name__} is {limit}; shorten it, or "

@@ -26,7 +26,7 @@ from lxt.composites import Composite
 from lxt.operations import Handler, activations, copy_mark, handlers
 from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
 
-__all__ = ["RuleMode", "UnknownOperation", "plain_gradient"]
+__all__ = ["RuleMode", "UnknownOperation", "current_mode", "plain_gradient"]
 
 
 class UnknownOperation(RuntimeError):
@@ -52,6 +52,7 @@ class RuleMode(TorchFunctionMode):
         self._plain = KNOWN | {name for name, kind in (operations or {}).items() if kind == "linear"}
         self._resolved: dict[Any, Handler] = {}
         self.suspended = False
+        self.approved: set[Any] = set()  # autograd functions that stand under a rule though the mode can't see them
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -85,6 +86,12 @@ class RuleMode(TorchFunctionMode):
         if activations((args, kwargs)) and activations(result):
             raise UnknownOperation(operation_name(func), _where())
         return result
+
+
+def current_mode() -> RuleMode | None:
+    """The mode that is entered in this thread; patched models enter one at a time."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return next((mode for mode in reversed(modes) if isinstance(mode, RuleMode)), None)
 
 
 @contextmanager

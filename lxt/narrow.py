@@ -33,7 +33,7 @@ def narrowed(
     """
     batch, count = places.shape
     rows = torch.arange(batch).unsqueeze(1).expand_as(places)
-    thread = threading.get_ident()  # another thread that runs the model meanwhile wants all of it
+    thread = threading.get_ident()
     reached = False
 
     def applies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -43,7 +43,8 @@ def narrowed(
             and isinstance(args[0], Tensor)
             and args[0].dim() == 3
             and args[0].shape[0] == batch
-            and threading.get_ident() == thread
+            and args[0].requires_grad
+            and torch.is_grad_enabled()  # whoever generates with the model meanwhile wants all of it
         )
 
     def select(hidden: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def narrowed(
 
     def before_head(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal reached
-        if not applies(args, kwargs):
+        if not applies(args, kwargs) or threading.get_ident() != thread:
             return None
         reached = True
         return (select(args[0]).flatten(0, 1),), kwargs
@@ -92,10 +93,12 @@ def _narrow_in_place(
         return (select(args[0]),), kwargs
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not lengths or not isinstance(output, Tensor) or output.shape[:2] != shape:
+        if not lengths:
             return None
-        full = output.new_zeros(shape[0], lengths[0], *output.shape[2:])
-        return full.index_put(tuple(index.to(output.device) for index in where), output)
+        part = output if isinstance(output, Tensor) else output[0]
+        full = part.new_zeros(shape[0], lengths[0], *part.shape[2:])
+        full = full.index_put(tuple(index.to(part.device) for index in where), part)
+        return full if isinstance(output, Tensor) else (full, *output[1:])
 
     undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     undo.callback(module.register_forward_hook(after).remove)

@@ -24,10 +24,11 @@ from torch import nn
 
 from lxt.composites import Composite, resolve
 from lxt.graph import refuse_foreign_functions
+from lxt.interfaces import SEEN_BY_THE_MODE, rewired_forward, uses_interface
 from lxt.mode import RuleMode
 from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
-from lxt.preconditions import refuse_what_has_no_rule
+from lxt.preconditions import attention_names, refuse_what_has_no_rule
 from lxt.swapping import swap_class_forward, swap_forward
 
 __all__ = ["ModeFactory", "PatchHandle", "monkey_patch", "patch_model", "rules_of"]
@@ -166,6 +167,7 @@ class _ModelPatch(_Patch):
     ) -> None:
         super().__init__(composite)
         refuse_what_has_no_rule(model)
+        self._rewire = bool(attention_names(model) - set(SEEN_BY_THE_MODE))
         self._model = weakref.ref(model)
         self._map = patch_map_for(model) if patch_map is None else patch_map
         self._mode = functools.partial(mode, composite, self._map.operations)
@@ -191,6 +193,8 @@ class _ModelPatch(_Patch):
         name = type(module).__name__
         factory = self._map.forwards.get(name) or fence_for(module)
         forward = factory(module, self.composite) if factory else None
+        if forward is None and self._rewire and uses_interface(module):
+            forward = rewired_forward(module, self.composite)
         if forward is not None:
             self._undo.callback(swap_forward(module, self._fused(forward)))
             self.fused[name] = self.fused.get(name, 0) + 1
@@ -218,18 +222,18 @@ class _ModelPatch(_Patch):
 
     def run(self, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`forward(*args, **kwargs)` under the rules, as the outermost forward."""
-        with self._running():
+        with self._running() as mode:
             output = forward(*args, **kwargs)
         if torch.is_grad_enabled():
-            refuse_foreign_functions(output, (args, kwargs), self._map.operations)
+            refuse_foreign_functions(output, (args, kwargs), self._map.operations, mode.approved)
         return output
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> Iterator[RuleMode]:
         token = _RUNNING.set(self)
         try:
-            with self._constant_parameters(), self._checkpoints_under_rules(), self._mode():
-                yield
+            with self._constant_parameters(), self._checkpoints_under_rules(), self._mode() as mode:
+                yield mode
         finally:
             _RUNNING.reset(token)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["refuse_what_has_no_rule"]
+from lxt.interfaces import SEEN_BY_THE_MODE, uses_interface
 
-SUPPORTED_ATTENTION = ("eager", "sdpa")
+__all__ = ["attention_names", "refuse_what_has_no_rule"]
 
 
 def refuse_what_has_no_rule(model: nn.Module) -> None:
@@ -26,14 +26,19 @@ def refuse_what_has_no_rule(model: nn.Module) -> None:
             "the model runs hub kernels, which have no rules; load it with use_kernels=False (or call "
             "model.use_kernels = False) before patching"
         )
-    config = getattr(model, "config", None)
-    implementation = getattr(config, "_attn_implementation", None)
-    for name in implementation.values() if isinstance(implementation, dict) else (implementation,):
-        if name is not None and name not in SUPPORTED_ATTENTION:
+    for name in attention_names(model):
+        known = name in SEEN_BY_THE_MODE or any(map(uses_interface, model.modules()))
+        if not known or str(name).startswith("paged|"):
             raise ValueError(
-                f"attention implementation {name!r} has no rule; allowed: {', '.join(SUPPORTED_ATTENTION)}: call "
-                'model.set_attn_implementation("sdpa") first'
+                f"attention implementation {name!r} has no rule in {type(model).__name__}: call "
+                'model.set_attn_implementation("sdpa") or ("eager") first'
             )
+
+
+def attention_names(model: nn.Module) -> set[str | None]:
+    """The attention implementations that the model and its sub-configurations ask for."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    return {getattr(config, "_attn_implementation", None) for config in configs}
 
 
 def _is_offloaded(model: nn.Module, parameter: str) -> bool:

@@ -2,15 +2,13 @@
 
 1. `resolve` makes one `Goal` for each row out of what the user gave, before the forward: token ids, the positions
    whose logits are needed, and the tokens that a sequence target appends to the prompt.
-2. `narrowed` makes the model compute the logits of these positions only.
-3. `evaluate` reads the explained number of each row from them.
+2. `evaluate` reads the explained number of each row from the logits of these positions.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from lxt.inputs import Row, task
 from lxt.tokens import display
 
-__all__ = ["Goal", "Kind", "Target", "evaluate", "name_of", "narrowed", "resolve"]
+__all__ = ["Goal", "Kind", "Target", "evaluate", "name_of", "resolve"]
 
 Kind = Literal["logit", "logprob", "prob", "centered"]
 Token = int | str
@@ -296,43 +294,6 @@ def name_of(token: int, model: nn.Module, tokenizer: Any = None) -> str:
     if task(model) in ("sequence", "token"):
         return str((model.config.id2label or {}).get(token, token))
     return display([token], tokenizer)[0][0]
-
-
-@contextmanager
-def narrowed(model: nn.Module, places: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Compute the logits of `places` only, [batch, K] positions; yields what brings the output to [batch, K, vocab].
-
-    The selection happens before the output projection, so that what follows it (scaling, a softcap) still does, and
-    makes its input two-dimensional: the slice that `logits_to_keep` takes sends bf16 down a slow path on the CPU.
-    """
-    batch, count = places.shape
-    head = model.get_output_embeddings() if task(model) in ("causal", "masked", "seq2seq") else None
-    rows = torch.arange(batch).unsqueeze(1).expand_as(places).reshape(-1)
-    state = {"narrow": False}
-
-    def select(hidden: Tensor) -> Tensor:
-        return hidden[rows.to(hidden.device), places.reshape(-1).to(hidden.device)]
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        state["narrow"] = bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 3 and len(args[0]) == batch
-        return (select(args[0]), *args[1:]) if state["narrow"] else None
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return output.view(batch, count, -1) if state["narrow"] else None
-
-    def finish(logits: Tensor) -> Tensor:
-        if state["narrow"]:
-            return logits
-        return logits.unsqueeze(1) if logits.dim() == 2 else select(logits).view(batch, count, -1)
-
-    handles = []
-    try:
-        if isinstance(head, nn.Linear):
-            handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
-        yield finish
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def evaluate(logits: Tensor, goals: Sequence[Goal]) -> tuple[Tensor, list[Goal]]:

@@ -21,8 +21,11 @@ def display(ids: Sequence[int], tokenizer: Any = None, config: Any = None) -> tu
         return [str(token) for token in ids], [token in marked for token in ids]
     added = tokenizer.added_tokens_decoder
     marked = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
-    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
-    plain = [token not in added and token not in marked for token in ids]
+    found = tokenizer.convert_ids_to_tokens(list(ids))
+    pieces, plain = [], []
+    for token, piece in zip(ids, found, strict=True):
+        pieces.append(f"<id {token}>" if piece is None else str(piece))  # a vocabulary padded beyond its tokenizer
+        plain.append(piece is not None and token not in added and token not in marked)
     if tokenizer.convert_tokens_to_string(["Ġ"]) == " ":
         shown = [_from_bytes(p) if ordinary else p for p, ordinary in zip(pieces, plain, strict=True)]
     elif any("▁" in piece for piece in pieces):

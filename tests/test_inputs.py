@@ -227,6 +227,10 @@ def test_sentencepiece_tokens_read_like_the_text():
     assert shown == ["<s>", "My", " cats", "nap", "<0xF0>", "<0x9F>"]
 
 
+def test_ids_beyond_the_tokenizer_are_shown_as_ids(tokenizer):
+    assert display([4000, 5], tokenizer)[0][0] == "<id 4000>"
+
+
 def test_ids_are_their_own_labels_without_a_tokenizer():
     assert display([7, 12]) == (["7", "12"], [False, False])
 

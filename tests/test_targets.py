@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lxt.inputs import Row
-from lxt.targets import Goal, Target, evaluate, name_of, narrowed, resolve
+from lxt.targets import Goal, Target, evaluate, name_of, resolve
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = [" dogs", " cats", " is", "My", "[MASK]", "[UNK]"]
@@ -192,31 +192,6 @@ def test_encoder_decoders_continue_in_the_decoder():
     assert goal.positions == (0, 1)
     with pytest.raises(ValueError, match="a position is not supported for encoder-decoders"):
         one(Target(7, position=1), t5)
-
-
-# Only the logits that are needed
-
-
-def test_only_the_explained_positions_reach_the_head(model):
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
-    places = torch.tensor([[1, 3], [2, 2]])
-    ids = torch.randint(300, (2, 4))
-    with torch.no_grad(), narrowed(model, places) as finish:
-        logits = finish(model(ids).logits)
-    handle.remove()
-    assert seen == [(4, 16)]
-    full = model(ids).logits
-    assert logits.shape == (2, 2, 300)
-    # The same numbers from a matrix product of another shape: float32 rounding over 16 summands.
-    torch.testing.assert_close(logits, torch.stack([full[0, [1, 3]], full[1, [2, 2]]]), rtol=1e-5, atol=1e-6)
-
-
-def test_the_head_is_as_it_was_afterwards(model):
-    with pytest.raises(RuntimeError, match="inside"), narrowed(model, torch.tensor([[0]])):
-        raise RuntimeError("inside")
-    assert not model.lm_head._forward_hooks
-    assert not model.lm_head._forward_pre_hooks
 
 
 # Bad targets

@@ -11,7 +11,7 @@ from collections import Counter
 from random import Random
 from typing import TYPE_CHECKING
 
-from lxt.tiny import planted, stories
+from lxt.tiny import planted, stories, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,11 +60,11 @@ def train_tokenizer(context: int) -> PreTrainedTokenizerFast:
     # With ignore_merges a piece that stands in the vocabulary is one token, merges or not: so every word of the
     # generated text and every group of digits is one, and none of them is rarer than the other in being whole.
     pieces = Counter(piece for text in corpus for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
-    words = sorted(piece for piece, count in pieces.items() if count > 1)
+    whole = sorted(piece for piece, count in pieces.items() if count > 1)
     groups = [f"{n:0{width}d}" for width in (1, 2, 3) for n in range(10**width)] + [f"Ġ{n}" for n in range(100)]
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
-    for token in (*words, *groups):
+    for token in (*whole, *groups):
         vocabulary.setdefault(token, len(vocabulary))
     state["model"]["ignore_merges"] = True
     tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -88,6 +88,6 @@ def _corpus() -> list[str]:
     rng = Random(0)
     texts = [stories.story(rng) for _ in range(2000)]
     texts += [example.prompt for task in planted.TASKS for example in planted.generate(task, "train", 500)]
-    for word in planted.LEXICON:
-        texts += [f"{word} {word}", f"{word} {word}"]
+    texts += [f" {word}" for word in planted.LEXICON for _ in range(2)]
+    texts += [name for name in words.FEMALE + words.MALE for _ in range(2)]
     return [re.sub(r"\d", "", text) for text in texts]

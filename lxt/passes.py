@@ -1,0 +1,167 @@
+"""One pass: a batch of rows through the model forward once and backward once.
+
+1. Embed the rows, and tap the latents that are wanted.
+2. Forward, computing the logits of the explained positions only (`lxt.narrow`), under whatever `patch` gives.
+3. Backward of the sum of the rows' explained numbers: rows don't see each other, so the sum mixes nothing.
+4. Relevance is embedding × gradient, summed over the hidden dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lxt.audit import audit
+from lxt.composites import Composite
+from lxt.inputs import Row, offender, prepare, task
+from lxt.latents import capture, residual_layers, sites
+from lxt.narrow import narrowed
+from lxt.patchmap import PatchMap
+from lxt.targets import Goal, evaluate
+
+__all__ = ["Result", "audited", "run"]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one pass gave, on the CPU.
+
+    Attributes:
+        relevance: [batch, token], 0 at padding.
+        logits: [batch, K, vocabulary] at the explained positions; rows with fewer repeat their last one.
+        values: [batch], the explained numbers.
+        goals: one per row, with the predicted tokens filled in.
+        latents: [layer, batch, token, …] by name.
+        tokens: [batch][token], "" at padding.
+        token_ids: [batch, token], or None.
+        mask: [batch, token].
+        special: [batch, token].
+    """
+
+    relevance: Tensor
+    logits: Tensor
+    values: Tensor
+    goals: list[Goal]
+    latents: dict[str, Tensor]
+    tokens: list[list[str]]
+    token_ids: Tensor | None
+    mask: Tensor
+    special: Tensor
+
+
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    goals: Sequence[Goal],
+    latents: Sequence[str],
+    patch_map: PatchMap,
+    patch: Callable[[], AbstractContextManager[Any]],
+) -> Result:
+    """Explain the rows together.
+
+    Args:
+        model: the model.
+        tokenizer: for the tokens' display only; may be None.
+        rows: prompts that may share a forward (`lxt.inputs.batches`).
+        goals: one per row.
+        latents: names of the wanted latents.
+        patch_map: says where latents are.
+        patch: makes the context of the forward and backward: `monkey_patch`, or `nullcontext` for the bare model.
+
+    Raises:
+        ValueError: numbers that aren't finite, with the weight to blame; a latent that the model doesn't have.
+    """
+    # An outer no_grad or inference_mode is the caller's habit around models, and would leave nothing to explain.
+    with torch.inference_mode(False), torch.enable_grad():
+        prepared = prepare(rows, model, tokenizer)
+        embeds = prepared.embeds.requires_grad_()
+        where = _places(rows, goals, task(model))
+        with (
+            capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
+            narrowed(_head(model), where, _positionwise(model, patch_map, latents, goals)) as finish,
+            patch(),
+        ):
+            output = model(inputs_embeds=embeds, **prepared.arguments(model))
+            logits = finish(output.logits if hasattr(output, "logits") else output[0])
+            if not logits.isfinite().all():
+                raise ValueError(f"the logits of {type(model).__name__} are not finite: {offender(model)}")
+            values, filled = evaluate(logits, goals)
+            (gradient,) = torch.autograd.grad(values.sum(), embeds)
+    wide = torch.promote_types(embeds.dtype, torch.float32)
+    relevance = (embeds.detach().to(wide) * gradient.to(wide)).sum(-1).cpu()
+    if not relevance[prepared.mask].isfinite().all():
+        raise ValueError(
+            f"the relevance is not finite, though the logits of {type(model).__name__} are: the backward overflows in "
+            f"{embeds.dtype}; load the model with dtype='bfloat16' or 'float32'"
+        )
+    return Result(
+        relevance=relevance.masked_fill(~prepared.mask, 0),
+        logits=logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).cpu(),
+        values=values.detach().cpu(),
+        goals=filled,
+        latents={name: sink.stacked(name, prepared.mask) for name in latents},
+        tokens=prepared.labels,
+        token_ids=prepared.token_ids,
+        mask=prepared.mask,
+        special=prepared.special,
+    )
+
+
+def audited(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Row], goals: Sequence[Goal], rules: Composite
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The rows' relevance by the auditor, all logits computed, [batch, token]; and the operations unknown to it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        prepared = prepare(rows, model, tokenizer)
+        where = _places(rows, goals, task(model))
+        inputs = {"inputs_embeds": prepared.embeds, **prepared.arguments(model)}
+        with narrowed(None, where) as finish:
+
+            def target(output: Any) -> Tensor:
+                logits = finish(output.logits if hasattr(output, "logits") else output[0])
+                return evaluate(logits, goals)[0].sum()
+
+            found = audit(model, inputs, target, rules)
+    return found.relevance["inputs_embeds"].sum(-1).cpu().masked_fill(~prepared.mask, 0), found.unknown
+
+
+def _places(rows: Sequence[Row], goals: Sequence[Goal], kind: str) -> Tensor:
+    """[batch, K]: where in the padded batch the explained logits are; shorter rows repeat their last position."""
+    width, count = max(len(row) for row in rows), max(len(goal.positions) for goal in goals)
+    return torch.tensor(
+        [
+            [
+                place + (0 if kind == "seq2seq" else width - len(row))
+                for place in (*goal.positions, *[goal.positions[-1]] * (count - len(goal.positions)))
+            ]
+            for row, goal in zip(rows, goals, strict=True)
+        ]
+    )
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if task(model) in ("causal", "masked", "seq2seq") else None
+
+
+def _positionwise(
+    model: nn.Module, patch_map: PatchMap, latents: Sequence[str], goals: Sequence[Goal]
+) -> list[nn.Module]:
+    """What of a causal model's last layer may run on the explained positions alone: output projection and MLP.
+
+    Not where a latent wants all of their input, nor where rows have unlike numbers of positions: the shorter rows'
+    last ones stand there twice, and would count twice.
+    """
+    if task(model) != "causal" or len({len(goal.positions) for goal in goals}) > 1 or not patch_map.layers:
+        return []
+    last, found = residual_layers(model, patch_map)[-1], []
+    if patch_map.head and "head" not in latents:
+        found.append(patch_map.head)
+    if patch_map.neuron and "neuron" not in latents:
+        found.append(patch_map.neuron.rpartition(".")[0])
+    return [last.get_submodule(path) for path in found if path]
