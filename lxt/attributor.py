@@ -93,7 +93,7 @@ class Attributor:
             raise TypeError(
                 f"an Attributor needs a transformers model instance, got {type(model).__name__}; lxt.load takes names"
             )
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.rules = resolve(rules)
         self.patch_map = patch_map

@@ -20,7 +20,22 @@ from torch import Tensor, nn
 
 from lxt.tokens import display
 
-__all__ = ["Prepared", "Row", "batches", "check", "context", "offender", "pads_left", "prepare", "read", "task"]
+__all__ = [
+    "Model",
+    "Prepared",
+    "Row",
+    "batches",
+    "check",
+    "context",
+    "offender",
+    "pads_left",
+    "prepare",
+    "read",
+    "task",
+]
+
+Model = Any
+"""A transformers model: torch's types don't know what `config` and its other attributes are."""
 
 ACCEPTED = (
     "a string, a list of strings, chat messages (dicts with 'role' and 'content') or a list of such chats, token ids "
@@ -69,7 +84,7 @@ class Prepared:
     mask: Tensor
     special: Tensor
 
-    def arguments(self, model: nn.Module) -> dict[str, Any]:
+    def arguments(self, model: Model) -> dict[str, Any]:
         """The keyword arguments of the forward, apart from `inputs_embeds`."""
         given = {
             "attention_mask": self.attention_mask,
@@ -81,7 +96,7 @@ class Prepared:
         return {name: value for name, value in given.items() if value is not None and name in taken}
 
 
-def task(model: nn.Module) -> str:
+def task(model: Model) -> str:
     """What the model's head does: "causal", "masked", "sequence", "token" (classifiers) or "seq2seq".
 
     Raises:
@@ -95,6 +110,11 @@ def task(model: nn.Module) -> str:
         "ForMultipleChoice": "",
         "ForPreTraining": "",
     }
+    if "inputs_embeds" not in signature(type(model).forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} takes no inputs_embeds, which attribute() starts from; use "
+            "lxt.monkey_patch(model) and a backward of your own"
+        )
     for cls in type(model).__mro__:
         for suffix, kind in suffixes.items():
             if cls.__name__.endswith(suffix) and kind:
@@ -106,7 +126,7 @@ def task(model: nn.Module) -> str:
     return "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal"
 
 
-def _no_head(model: nn.Module) -> NoReturn:
+def _no_head(model: Model) -> NoReturn:
     raise ValueError(
         f"{type(model).__name__} has no head whose outputs attribute() can explain; it takes language models (causal, "
         "masked, encoder-decoder) and sequence or token classifiers: load the model with such a class, or use "
@@ -114,7 +134,7 @@ def _no_head(model: nn.Module) -> NoReturn:
     )
 
 
-def read(inputs: object, model: nn.Module, tokenizer: Any = None) -> list[Row]:
+def read(inputs: object, model: Model, tokenizer: Any = None) -> list[Row]:
     """The prompts as rows, checked against the model's vocabulary, width and context.
 
     Raises:
@@ -140,7 +160,7 @@ def read(inputs: object, model: nn.Module, tokenizer: Any = None) -> list[Row]:
     return rows
 
 
-def _row(item: object, model: nn.Module, tokenizer: Any) -> Row:
+def _row(item: object, model: Model, tokenizer: Any) -> Row:
     if isinstance(item, str):
         return _text(item, tokenizer)
     if isinstance(item, Tensor):
@@ -171,6 +191,8 @@ def _text(text: str, tokenizer: Any) -> Row:
 
 
 def _chat(messages: Sequence[Any], tokenizer: Any) -> Row:
+    from jinja2 import TemplateError  # comes with torch; loaded only where there is a chat
+
     _need(tokenizer, "chat messages")
     for message in messages:
         if not {"role", "content"} <= set(message):
@@ -181,7 +203,11 @@ def _chat(messages: Sequence[Any], tokenizer: Any) -> Row:
             "set tokenizer.chat_template"
         )
     # The template writes the special tokens itself; tokenising its output once, without adding any, keeps one BOS.
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    try:
+        ids = tokenizer.apply_chat_template(list(messages), **options)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}; change their roles") from error
     if not ids:
         raise ValueError("the chat template turned the messages into an empty prompt; give a message with content")
     return _ids(ids)
@@ -196,7 +222,7 @@ def _ids(ids: Sequence[Any]) -> Row:
     return Row(tuple(int(token) for token in ids))
 
 
-def _tensor(tensor: Tensor, model: nn.Module) -> list[Row]:
+def _tensor(tensor: Tensor, model: Model) -> list[Row]:
     if tensor.is_floating_point():
         if tensor.dim() not in (2, 3):
             raise ValueError(
@@ -213,7 +239,7 @@ def _tensor(tensor: Tensor, model: nn.Module) -> list[Row]:
     return [_ids(row) for row in (tensor if tensor.dim() == 2 else tensor[None]).tolist()]
 
 
-def check(rows: Sequence[Row], model: nn.Module, suffix: str = "") -> None:
+def check(rows: Sequence[Row], model: Model, suffix: str = "") -> None:
     """Refuse what the model cannot run on: no tokens, unknown ids, a wrong width, more tokens than the context.
 
     Raises:
@@ -224,7 +250,7 @@ def check(rows: Sequence[Row], model: nn.Module, suffix: str = "") -> None:
         _check_row(row, model, (f"prompt {index}" if len(rows) > 1 else "the prompt") + suffix, shape, limit)
 
 
-def _check_row(row: Row, model: nn.Module, name: str, shape: torch.Size, limit: int | None) -> None:
+def _check_row(row: Row, model: Model, name: str, shape: torch.Size, limit: int | None) -> None:
     size, width = shape
     if not len(row):
         raise ValueError(f"{name} has no tokens; give at least one")
@@ -249,7 +275,7 @@ def _check_row(row: Row, model: nn.Module, name: str, shape: torch.Size, limit: 
         )
 
 
-def context(model: nn.Module) -> int | None:
+def context(model: Model) -> int | None:
     """How many tokens the model was made for, None where its configuration does not say."""
     config = model.config.get_text_config()
     limit = next((getattr(config, n) for n in ("max_position_embeddings", "max_seq_len") if hasattr(config, n)), None)
@@ -259,7 +285,7 @@ def context(model: nn.Module) -> int | None:
     return limit - (config.pad_token_id or 0) - 1 if _offset_positions(model) else limit
 
 
-def batches(rows: Sequence[Row], model: nn.Module, batch_size: int | None = None) -> list[list[int]]:
+def batches(rows: Sequence[Row], model: Model, batch_size: int | None = None) -> list[list[int]]:
     """Which rows run together: lists of row indices, at most `batch_size` long."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a whole number >= 1 or None, got {batch_size!r}")
@@ -274,7 +300,7 @@ def batches(rows: Sequence[Row], model: nn.Module, batch_size: int | None = None
     return [group[start : start + limit] for group in groups for start in range(0, len(group), limit)]
 
 
-def pads_left(model: nn.Module) -> bool:
+def pads_left(model: Model) -> bool:
     """Whether padding on the left with explicit positions leaves the other tokens' numbers alone.
 
     So it is for causal attention with positions 0, 1, 2 …; not where positions have an offset (RoBERTa), depend on
@@ -294,11 +320,11 @@ def pads_left(model: nn.Module) -> bool:
     )
 
 
-def _offset_positions(model: nn.Module) -> bool:
+def _offset_positions(model: Model) -> bool:
     return any(hasattr(module, "create_position_ids_from_inputs_embeds") for module in model.modules())
 
 
-def prepare(rows: Sequence[Row], model: nn.Module, tokenizer: Any = None) -> Prepared:
+def prepare(rows: Sequence[Row], model: Model, tokenizer: Any = None) -> Prepared:
     """The rows as one batch, on the device and in the dtype of the model's embeddings.
 
     Raises:
@@ -343,20 +369,20 @@ def prepare(rows: Sequence[Row], model: nn.Module, tokenizer: Any = None) -> Pre
     )
 
 
-def _embedding(model: nn.Module) -> nn.Module:
+def _embedding(model: Model) -> Any:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embedding is None or getattr(embedding, "weight", None) is None:
         raise ValueError(f"{type(model).__name__} has no input embeddings over tokens, which attribute() starts from")
     return embedding
 
 
-def _device(embedding: nn.Module) -> torch.device:
+def _device(embedding: Any) -> torch.device:
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
     return torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
-def offender(model: nn.Module) -> str:
+def offender(model: Model) -> str:
     """Names the first parameter or buffer that holds NaN or inf, for error messages."""
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.device.type != "meta" and value.is_floating_point() and not value.isfinite().all():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lxt.inputs import Model
 from lxt.patchmap import PatchMap
 
 __all__ = ["LATENTS", "Sink", "Site", "capture", "names", "residual_layers", "sites"]
@@ -116,7 +117,7 @@ def names(latents: str | Sequence[str]) -> tuple[str, ...]:
     return wanted
 
 
-def residual_layers(model: nn.Module, patch_map: PatchMap) -> list[nn.Module]:
+def residual_layers(model: Model, patch_map: PatchMap) -> list[nn.Module]:
     """The layers whose outputs are the residual stream: those the map names, else the longest list of like modules.
 
     For encoder-decoders, those of the encoder: they share the tokens of the input.
@@ -138,7 +139,7 @@ def residual_layers(model: nn.Module, patch_map: PatchMap) -> list[nn.Module]:
     return found
 
 
-def sites(model: nn.Module, patch_map: PatchMap, latents: Sequence[str]) -> list[Site]:
+def sites(model: Model, patch_map: PatchMap, latents: Sequence[str]) -> list[Site]:
     """Every place to tap for these latents.
 
     Raises:
@@ -166,7 +167,7 @@ def sites(model: nn.Module, patch_map: PatchMap, latents: Sequence[str]) -> list
     return found
 
 
-def _heads(model: nn.Module) -> int:
+def _heads(model: Model) -> int:
     config = model.config.get_text_config()
     for name in ("num_attention_heads", "n_head", "n_heads", "num_heads"):
         if isinstance(getattr(config, name, None), int):

@@ -71,7 +71,8 @@ def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
     if looks_local and not Path(name).expanduser().is_dir():
         raise ValueError(f'no {what} at {name!r}: there is no such folder; give a folder, a name on the hub, or "tiny"')
     try:
-        return auto.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
+        path = str(Path(name).expanduser()) if looks_local else name
+        return auto.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

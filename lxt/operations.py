@@ -123,30 +123,43 @@ def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...],
     return func(*(rules.scale_gradient(x, 2 * query if _mark_of(x) == "weights" else value) for x in args), **kwargs)
 
 
+# The operands of these operations in their positions, by the names that torch has for them.
+_SUM_ORDER = ("input", "mat1", "batch1", "mat", "vec1", "tensor1", "mat2", "batch2", "vec", "vec2", "tensor2")
+_LAYER_ORDER = ("input", "weight", "bias")
+
+
+def _positional(
+    order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Operands given by name moved to their positions, and the other keyword arguments."""
+    operands = [*args, *(kwargs[name] for name in order if name in kwargs)]
+    return operands, {key: value for key, value in kwargs.items() if key not in order}
+
+
 def _sum_of_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    summand, a, b, *rest = args
+    (summand, a, b, *rest), options = _positional(_SUM_ORDER, args, kwargs)
     if _is_activation(a) and _is_activation(b):
         kind = composite.product if opnames.operation_name(func).startswith("addcmul") else composite.attention
         if kind != "gradient":
             a, b = rules.scale_gradient(a, 0.5), rules.scale_gradient(b, 0.5)
-    return func(summand, a, b, *rest, **kwargs)
+    return func(summand, a, b, *rest, **options)
 
 
 def _addmm(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if composite.linear == Epsilon() or kwargs or len(args) != 3 or _is_activation(args[2]):
+    operands, options = _positional(_SUM_ORDER, args, kwargs)
+    if composite.linear == Epsilon() or options or len(operands) != 3 or _is_activation(operands[2]):
         return _sum_of_product(composite, func, args, kwargs)
-    bias, x, weight = args
+    bias, x, weight = operands
     return linear_rules.linear(x, weight, bias, lambda x, w, b: x @ w if b is None else func(b, x, w), composite.linear)
 
 
 def _linear_layer(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, weight, *rest = args
+    (x, weight, *rest), options = _positional(_LAYER_ORDER, args, kwargs)
     if _is_activation(weight):
         return rules.scale_gradient(func(*args, **kwargs), 0.5 if _is_activation(x) else 1)
     if composite.linear == Epsilon():
         return func(*args, **kwargs)
-    bias = rest.pop(0) if rest else kwargs.get("bias")
-    options = {key: value for key, value in kwargs.items() if key != "bias"}
+    bias, *rest = rest or [None]
     return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **options), composite.linear)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lxt.audit import audit
 from lxt.composites import Composite
-from lxt.inputs import Row, offender, prepare, task
+from lxt.inputs import Model, Row, offender, prepare, task
 from lxt.latents import capture, residual_layers, sites
 from lxt.narrow import narrowed
 from lxt.patchmap import PatchMap
@@ -55,7 +55,7 @@ class Result:
 
 
 def run(
-    model: nn.Module,
+    model: Model,
     tokenizer: Any,
     rows: Sequence[Row],
     goals: Sequence[Goal],
@@ -114,7 +114,7 @@ def run(
 
 
 def audited(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Row], goals: Sequence[Goal], rules: Composite
+    model: Model, tokenizer: Any, rows: Sequence[Row], goals: Sequence[Goal], rules: Composite
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The rows' relevance by the auditor, all logits computed, [batch, token]; and the operations unknown to it."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -145,13 +145,11 @@ def _places(rows: Sequence[Row], goals: Sequence[Goal], kind: str) -> Tensor:
     )
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def _head(model: Model) -> nn.Module | None:
     return model.get_output_embeddings() if task(model) in ("causal", "masked", "seq2seq") else None
 
 
-def _positionwise(
-    model: nn.Module, patch_map: PatchMap, latents: Sequence[str], goals: Sequence[Goal]
-) -> list[nn.Module]:
+def _positionwise(model: Model, patch_map: PatchMap, latents: Sequence[str], goals: Sequence[Goal]) -> list[nn.Module]:
     """What of a causal model's last layer may run on the explained positions alone: output projection and MLP.
 
     Not where a latent wants all of their input, nor where rows have unlike numbers of positions: the shorter rows'

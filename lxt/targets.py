@@ -15,9 +15,9 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lxt.inputs import Row, task
+from lxt.inputs import Model, Row, task
 from lxt.tokens import display
 
 __all__ = ["Goal", "Kind", "Target", "evaluate", "name_of", "resolve"]
@@ -81,7 +81,7 @@ class Goal:
 
 
 def resolve(
-    target: object, contrast: object, rows: Sequence[Row], model: nn.Module, tokenizer: Any = None
+    target: object, contrast: object, rows: Sequence[Row], model: Model, tokenizer: Any = None
 ) -> tuple[list[Row], list[Goal]]:
     """The goal of each row, and the rows with a sequence's tokens appended.
 
@@ -90,8 +90,12 @@ def resolve(
         ValueError: the target does not fit the model, the tokenizer or the prompt.
     """
     resolver = _Resolver(model, tokenizer, task(model))
-    pairs = [resolver.goal(one, row) for one, row in zip(_one_each(target, contrast, len(rows)), rows, strict=True)]
-    return [row for row, _ in pairs], [goal for _, goal in pairs]
+    extended, goals = [], []
+    for one, row in zip(_one_each(target, contrast, len(rows)), rows, strict=True):
+        row, goal = resolver.goal(one, row)
+        extended.append(row)
+        goals.append(goal)
+    return extended, goals
 
 
 def _one_each(target: object, contrast: object, count: int) -> list[Target]:
@@ -105,7 +109,7 @@ def _one_each(target: object, contrast: object, count: int) -> list[Target]:
     return [_target(target, contrast)] * count
 
 
-def _target(target: object, contrast: Any) -> Target:
+def _target(target: Any, contrast: Any) -> Target:
     if target is None or isinstance(target, str) or (isinstance(target, Integral) and not isinstance(target, bool)):
         return Target(target, contrast=contrast)  # type: ignore[arg-type]
     if isinstance(target, Target):
@@ -113,7 +117,8 @@ def _target(target: object, contrast: Any) -> Target:
             raise ValueError("the contrast is given twice, in the Target and as an argument; give it once")
         return target if contrast is None else replace(target, contrast=contrast)
     if callable(target):
-        return Target(function=target, contrast=contrast)
+        function: Any = target
+        return Target(function=function, contrast=contrast)
     raise TypeError(
         f"a target must be None (the prediction), a string, an id, an lxt.Target, a function of the logits, or a list "
         f"with one of these per prompt; got {type(target).__name__}"
@@ -122,7 +127,7 @@ def _target(target: object, contrast: Any) -> Target:
 
 @dataclass(frozen=True)
 class _Resolver:
-    model: nn.Module
+    model: Model
     tokenizer: Any
     task: str
 
@@ -131,15 +136,16 @@ class _Resolver:
         return self.task in ("sequence", "token")
 
     def goal(self, target: Target, row: Row) -> tuple[Row, Goal]:
-        ids = self.ids(target.token, "target") if target.token is not None else ()
-        contrast = target.contrast if isinstance(target.contrast, (list, tuple)) else [target.contrast]
-        foils = tuple(self.single(foil, "contrast", row) for foil in contrast if foil is not None)
+        ids: tuple[int, ...] = self.ids(target.token, "target") if target.token is not None else ()
+        given: Any = target.contrast
+        contrast = given if isinstance(given, (list, tuple)) else [given]
+        foils = tuple(self.single(foil, "contrast") for foil in contrast if foil is not None)
         if len(ids) > 1:
             self.sequence_allowed(target, ids, foils)
-        if set(ids) & set(foils):
-            raise ValueError(
-                f"the contrast {self.name(ids[0])!r} is the target itself, their difference is 0; give another token"
-            )
+        same = set(ids) & set(foils)
+        if same:
+            name = repr(self.name(same.pop()))
+            raise ValueError(f"the contrast {name} is the target itself, their difference is 0; give another token")
         if target.function is not None:
             kind = "custom"
         else:
@@ -175,7 +181,7 @@ class _Resolver:
             warnings.warn(
                 f"the target {text!r} is {len(ids)} tokens {self.names(ids)}, explained as a sequence; {better!r} is "
                 "one token: is that what you mean?",
-                stacklevel=6,
+                stacklevel=5,  # the caller of attribute()
             )
 
     def several(self, text: str | None, ids: Sequence[int], role: str, reason: str) -> str:
@@ -199,9 +205,9 @@ class _Resolver:
     def name(self, token: int) -> str:
         return name_of(token, self.model, self.tokenizer)
 
-    def single(self, token: Token, role: str, row: Row) -> int:
+    def single(self, token: Token, role: str) -> int:
         ids = self.ids(token, role)
-        if len(ids) > 1:
+        if len(ids) != 1:
             text = token if isinstance(token, str) else None
             raise ValueError(self.several(text, ids, role, "a contrast compares single tokens"))
         return ids[0]
@@ -284,12 +290,12 @@ def _encode(text: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _vocabulary(model: nn.Module) -> int:
+def _vocabulary(model: Model) -> int:
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return weight.shape[0] if weight is not None else model.config.get_text_config().vocab_size
 
 
-def name_of(token: int, model: nn.Module, tokenizer: Any = None) -> str:
+def name_of(token: int, model: Model, tokenizer: Any = None) -> str:
     """How a token, or a class, is called."""
     if task(model) in ("sequence", "token"):
         return str((model.config.id2label or {}).get(token, token))

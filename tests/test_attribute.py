@@ -1,13 +1,10 @@
 """attribute(): equal to the gradient × input that one would write by hand, in batches, with latents, and tidy."""
 
-import copy
-import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -23,12 +20,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 import lxt
-from lxt.attributor import Attributor, _progress, load
-from lxt.latents import Site, capture
+from lxt.attributor import Attributor, Request, _progress
+from lxt.inputs import read
 from lxt.patching import monkey_patch
+from lxt.targets import resolve
 
 TEXT = "I have 5 cats and 3 dogs. My cats love to play with my"
 VOCABULARY, HEADS, LAYERS = 300, 4, 3
@@ -151,7 +151,7 @@ def assert_close(got, expected, tolerance=CLOSE):
 @CAUSAL
 @pytest.mark.parametrize("rules", ["attnlrp", "cp", "gradient"])
 def test_equals_gradient_times_input_by_hand(build, rules):
-    model = build()
+    model = build().double()
     out = Attributor(model, rules=rules).attribute(PROMPTS[0], target=42)
     assert_close(out.relevance[0], by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42], rules))
     assert out.explained[0].value == pytest.approx(
@@ -164,8 +164,8 @@ def test_the_default_target_is_the_prediction(tokenizer):
     out = Attributor(model, tokenizer).attribute(TEXT)
     logits = model(torch.tensor([tokenizer(TEXT)["input_ids"]])).logits[0, -1]
     assert out.predictions[0].id == int(logits.argmax())
-    assert out.predictions[0].logit == pytest.approx(float(logits.max()), rel=1e-5)
-    assert out.predictions[0].probability == pytest.approx(float(logits.softmax(-1).max()), rel=1e-4)
+    assert out.predictions[0].logit == pytest.approx(logits.max().tolist(), rel=1e-5)
+    assert out.predictions[0].probability == pytest.approx(logits.softmax(-1).max().tolist(), rel=1e-4)
     assert out.explained[0].label == repr(out.predictions[0].token)
     assert out.explained[0].value == out.predictions[0].logit
     assert out.tokens[0][0] == "<s>"
@@ -240,7 +240,7 @@ def test_a_sequence_is_its_summed_log_probability(tokenizer):
     assert out.explained[0].label == "' love to play'"
     table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     value = sum(table[len(prompt) - 1 + step, word] for step, word in enumerate(words))
-    assert out.explained[0].value == pytest.approx(float(value), rel=1e-5)
+    assert out.explained[0].value == pytest.approx(value.tolist(), rel=1e-5)
 
     def score(logits):
         return sum(logits[0, len(prompt) - 1 + step].log_softmax(-1)[word] for step, word in enumerate(words))
@@ -284,12 +284,42 @@ def test_embeddings_give_what_their_ids_give():
     assert torch.equal(out.relevance, Attributor(model).attribute(PROMPTS[0], target=42).relevance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_float32(dtype):
+    model = llama()
+    expected = Attributor(model).attribute(PROMPTS, target=42, latents="head")
+    out = Attributor(model.to(dtype)).attribute(PROMPTS, target=42, latents="head")
+    assert out.relevance.dtype == torch.float32
+    # Three layers of about ten roundings each, at random; measured 2.1 eps (bfloat16) and 2.2 eps (float16).
+    assert_close(out.relevance, expected.relevance, 4 * torch.finfo(dtype).eps)
+    assert_close(out.latents["head"], expected.latents["head"], 4 * torch.finfo(dtype).eps)
+
+
+def test_threads_on_one_model_take_turns():
+    model = llama()
+    explainers = [Attributor(model, rules=rules) for rules in ("attnlrp", "cp")]
+    serial = [explainer.attribute(PROMPTS).relevance for explainer in explainers]
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda i: explainers[i % 2].attribute(PROMPTS).relevance, range(12)))
+    assert all(torch.equal(run, serial[i % 2]) for i, run in enumerate(runs))
+
+
 def test_no_grad_and_inference_mode_outside_do_not_matter():
     explainer = Attributor(llama())
     expected = explainer.attribute(PROMPTS[0]).relevance
     for outside in (torch.no_grad, torch.inference_mode):
         with outside():
             assert torch.equal(explainer.attribute(PROMPTS[0]).relevance, expected)
+
+
+@CAUSAL
+def test_the_auditor_agrees_on_the_same_request(build):
+    explainer = Attributor(build().double())
+    rows = resolve([lxt.Target([7, 8]), None, 9], None, read(PROMPTS, explainer.model), explainer.model)
+    request = Request(*rows, groups=[[1, 0], [2]])
+    for result, (relevance, unknown) in zip(explainer.results(request), explainer.audited(request), strict=True):
+        assert_close(result.relevance, relevance)
+        assert not unknown
 
 
 # Classifiers, masked models, encoder-decoders
@@ -301,7 +331,7 @@ def test_a_causal_classifier_reads_the_last_token(padding):
     out = Attributor(model).attribute(PROMPTS, target="LABEL_2")
     for row, prompt in enumerate(PROMPTS):
         value = model(torch.tensor([prompt])).logits[0, 2]
-        assert out.explained[row].value == pytest.approx(float(value), rel=1e-4)
+        assert out.explained[row].value == pytest.approx(value.tolist(), rel=1e-4)
         assert_close(out[row].relevance[0], by_hand(model, prompt, lambda logits: logits[0, 2]))
     assert out.explained[0].label == "'LABEL_2'"
     assert out.explained[0].position is None
@@ -346,167 +376,6 @@ def test_an_encoder_decoder_is_explained_by_its_source():
             logits = model(inputs_embeds=embeds, decoder_input_ids=torch.tensor([[0, 7]])).logits
             (logits[0, 0].log_softmax(-1)[7] + logits[0, 1].log_softmax(-1)[8]).backward()
         assert_close(out[row].relevance[0], (embeds.grad * embeds.detach()).sum(-1)[0])
-
-
-# Latents
-
-
-def test_residual_latents_are_gradient_times_layer_output():
-    model = llama()
-    out = Attributor(model).attribute(PROMPTS[0], target=42, latents="residual")
-    outputs = []
-
-    def keep(module, args, output):
-        output.retain_grad()
-        outputs.append(output)
-
-    handles = [layer.register_forward_hook(keep) for layer in model.model.layers]
-    by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42])
-    for handle in handles:
-        handle.remove()
-    expected = torch.stack([(output.grad * output).sum(-1)[0] for output in outputs]).detach()
-    assert_close(out.latents["residual"][:, 0], expected)
-
-
-@pytest.mark.parametrize("build", [llama, gpt2])
-def test_heads_and_neurons_are_gradient_times_projection_input(build):
-    model = build()
-    out = Attributor(model).attribute(PROMPTS[0], target=42, latents=("head", "neuron"))
-    layers = model.model.layers if build is llama else model.transformer.h
-    inputs = {"head": [], "neuron": []}
-    handles = []
-    for layer in layers:
-        head = layer.self_attn.o_proj if build is llama else layer.attn.c_proj
-        neuron = layer.mlp.down_proj if build is llama else layer.mlp.c_proj
-        for name, module in (("head", head), ("neuron", neuron)):
-
-            def keep(module, args, name=name):
-                args[0].retain_grad()
-                inputs[name].append(args[0])
-
-            handles.append(module.register_forward_pre_hook(keep))
-    by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42])
-    for handle in handles:
-        handle.remove()
-    relevance = {name: torch.stack([(x.grad * x)[0] for x in xs]).detach() for name, xs in inputs.items()}
-    assert out.latents["head"].shape == (LAYERS, 1, 5, HEADS)
-    assert_close(out.latents["head"][:, 0], relevance["head"].unflatten(-1, (HEADS, -1)).sum(-1))
-    assert_close(out.latents["neuron"][:, 0], relevance["neuron"])
-
-
-def test_every_layer_conserves_under_cp():
-    # No biases: all that remains is linear in the input, but LlamaRMSNorm rounds to float32 whatever the model's dtype.
-    model = llama().double()
-    out = Attributor(model, rules="cp").attribute(PROMPTS, latents=("residual", "head", "neuron"))
-    values = torch.tensor([explained.value for explained in out.explained], dtype=torch.float64)
-    torch.testing.assert_close(out.relevance.sum(-1), values, rtol=1e-6, atol=0)
-    torch.testing.assert_close(out.latents["residual"].sum(-1), values.expand(LAYERS, 3), rtol=1e-6, atol=0)
-
-
-def test_what_heads_and_neurons_add_is_what_the_residual_stream_gains():
-    # The output projections are linear and have no bias, so what enters them leaves them.
-    model = llama().double()
-    out = Attributor(model, rules="cp").attribute(PROMPTS[0], target=42, latents=("residual", "head", "neuron"))
-    parts = {}
-
-    def keep(name):
-        def hook(module, args, output):
-            output = output[0] if isinstance(output, tuple) else output
-            output.retain_grad()
-            parts[name] = output
-
-        return hook
-
-    last = model.model.layers[-1]
-    handles = [last.self_attn.register_forward_hook(keep("head")), last.mlp.register_forward_hook(keep("neuron"))]
-    by_hand(model, PROMPTS[0], lambda logits: logits[0, -1, 42], "cp")
-    for handle in handles:
-        handle.remove()
-    for name, part in parts.items():
-        expected = (part.grad * part).sum(-1)[0].detach()
-        torch.testing.assert_close(out.latents[name][-1, 0].sum(-1), expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("build", [llama, gpt2])
-def test_checkpointing_gives_the_same_latents(build):
-    model = build()
-    if build is gpt2:
-        for module in model.modules():  # off by the patch whatever the mode; the reference below is in eval()
-            if isinstance(module, nn.Dropout):
-                module.p = 0.1
-    latents = ("residual", "head", "neuron")
-    expected = Attributor(model).attribute(PROMPTS, latents=latents)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    out = Attributor(model).attribute(PROMPTS, latents=latents)
-    assert torch.equal(out.relevance, expected.relevance)
-    for name in latents:
-        assert torch.equal(out.latents[name], expected.latents[name])
-    assert model.training
-
-
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_taps_keep_no_activation_of_a_checkpointed_layer(checkpointed):
-    inner, outer = nn.Linear(4, 4), nn.Linear(4, 4)
-    x = torch.randn(1, 2, 4, requires_grad=True)
-    activations = []
-
-    def layer(x):
-        hidden = x.tanh()
-        activations.append(weakref.ref(hidden))
-        return inner(hidden)
-
-    with capture([Site("neuron", 0, inner)], 1, 2) as sink:
-        output = outer(checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x))
-        assert (activations[0]() is None) is checkpointed  # without a checkpoint the graph holds it
-        output.sum().backward()
-    (gradient,) = torch.autograd.grad(outer(inner(x.tanh())).sum(), x)
-    expected = x.tanh() * gradient / (1 - x.tanh() ** 2)
-    torch.testing.assert_close(sink.stacked("neuron", torch.ones(1, 2, dtype=torch.bool))[0], expected.detach())
-
-
-def test_a_second_backward_overwrites_and_padding_is_zero():
-    layer = nn.Linear(4, 4)
-    x = torch.randn(1, 3, 4, requires_grad=True)
-    mask = torch.tensor([[False, True, True]])
-    with capture([Site("residual", 0, layer)], 1, 3) as sink:
-        y = layer(x)
-        y.sum().backward(retain_graph=True)
-        (2 * y).sum().backward()
-    expected = 2 * y.detach().sum(-1)
-    expected[0, 0] = 0
-    torch.testing.assert_close(sink.stacked("residual", mask)[0], expected)
-
-
-def test_taps_leave_the_relevance_alone():
-    explainer = Attributor(llama())
-    plain = explainer.attribute(PROMPTS[0])
-    assert torch.equal(plain.relevance, explainer.attribute(PROMPTS[0], latents=("residual", "head")).relevance)
-
-
-def test_shared_layers_are_refused():
-    layer = nn.Linear(4, 4)
-    x = torch.randn(1, 3, 4, requires_grad=True)
-    with (
-        capture([Site("residual", 0, layer)], 1, 3),
-        pytest.raises(ValueError, match="runs more than once in a forward"),
-    ):
-        layer(layer(x)).sum().backward()
-
-
-def test_unknown_latents_are_named():
-    explainer = Attributor(llama())
-    with pytest.raises(
-        ValueError, match="unknown latent 'heads'; allowed: residual, head, neuron; did you mean 'head'"
-    ):
-        explainer.attribute(PROMPTS[0], latents="heads")
-    explainer = Attributor(llama(), patch_map=lxt.PatchMap())
-    assert explainer.attribute(PROMPTS[0], latents="residual").latents["residual"].shape == (LAYERS, 1, 5)
-    with pytest.raises(ValueError, match=r"'neuron' is not known for layer 0 .* that layer has .*mlp\.down_proj"):
-        explainer.attribute(PROMPTS[0], latents="neuron")
-    explainer = Attributor(llama(), patch_map=lxt.PatchMap(head="attention.out"))
-    with pytest.raises(ValueError, match=r"at 'attention\.out' there is none"):
-        explainer.attribute(PROMPTS[0], latents="head")
 
 
 # The model stays what it was
@@ -586,6 +455,8 @@ def test_bad_models_are_named():
         Attributor(llama().model)
     with pytest.raises(ValueError, match="unknown rules 'lrp'"):
         Attributor(llama(), rules="lrp")
+    with pytest.raises(ValueError, match="ViTModel takes no inputs_embeds"):
+        Attributor(ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)))
     with torch.device("meta"):
         empty = llama()
     with pytest.raises(ValueError, match=r"the weight model\.embed_tokens\.weight .* is on the meta device"):
@@ -614,52 +485,6 @@ def test_a_contrast_that_is_predicted():
     best = explainer.attribute(PROMPTS[0]).predictions[0].id
     with pytest.raises(ValueError, match="is the token that the model predicts"):
         explainer.attribute(PROMPTS[0], contrast=best)
-
-
-# load
-
-
-def test_load_an_instance_keeps_it(tokenizer):
-    model = llama()
-    explainer = load(model, tokenizer, rules="cp")
-    assert explainer.model is model
-    assert explainer.rules is lxt.CP_LRP
-    assert load(copy.deepcopy(model), dtype="float64").model.dtype == torch.float64
-
-
-def test_load_a_folder_with_its_head(tmp_path, tokenizer):
-    for model in (llama(), bert(BertForSequenceClassification), gpt2()):
-        folder = tmp_path / type(model).__name__
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        explainer = load(folder, device="cpu", dtype=torch.bfloat16)
-        assert type(explainer.model) is type(model)
-        assert explainer.model.dtype == torch.bfloat16
-        assert not explainer.model.training
-        assert explainer.attribute("My cats").relevance.shape[0] == 1
-
-
-def test_load_names_what_is_missing(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no model at '/no/such/folder': there is no such folder"):
-        load("/no/such/folder")
-    with pytest.raises(ValueError, match="cannot load the model"):
-        load(tmp_path)
-    with pytest.raises(ValueError, match="unknown dtype 'float31'; allowed: float32"):
-        load(llama(), dtype="float31")
-    with pytest.raises(ValueError, match="unknown rules 'lrp'"):
-        load("/no/such/folder", rules="lrp")
-    with pytest.raises(TypeError, match="a name, a folder or a model instance, got int"):
-        load(3)
-    llama().model.save_pretrained(tmp_path / "headless")
-    with pytest.raises(ValueError, match="is a LlamaModel, which has no head"):
-        load(tmp_path / "headless")
-
-    def unreachable(*args, **kwargs):
-        raise OSError("We couldn't connect\nto anything")
-
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
-    with pytest.raises(ValueError, match=r"cannot load the model 'nobody/nothing': .* connect\); check the name"):
-        load("nobody/nothing")
 
 
 def test_progress_is_silent_without_a_terminal(capsys):

@@ -286,6 +286,9 @@ def test_text_needs_a_tokenizer_and_chats_a_template(model, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
     with pytest.raises(ValueError, match="no chat template"):
         read([{"role": "user", "content": "hi"}], model, bare)
+    bare.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match="refuses the messages: no system role"):
+        read([{"role": "system", "content": "hi"}], model, bare)
 
 
 def test_weights_that_are_not_finite_are_named():

@@ -37,7 +37,11 @@ def explained(logits):
 def test_logits_and_gradients_are_those_of_the_whole_forward(model):
     embeds, seen = embeds_of(model), {}
     modules = [model.lm_head, *last_layer(model)]
-    handles = [m.register_forward_hook(lambda m, args, out: seen.setdefault(m, args[0].shape[:-1])) for m in modules]
+
+    def see(module, args, output):
+        seen.setdefault(module, tuple(args[0].shape[:-1]))
+
+    handles = [module.register_forward_hook(see) for module in modules]
     with narrowed(model.lm_head, PLACES, modules[1:]) as finish:
         logits = finish(model(inputs_embeds=embeds).logits)
         (gradient,) = torch.autograd.grad(logits.sin().sum(), embeds)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,20 +52,29 @@ def test_symlinks_and_mapping_name_the_same_folders():
         assert link.resolve() == ROOT / folder
 
 
+def build(kind: str, source: Path, out: Path) -> Path:
+    result = python(f"import setuptools.build_meta as b; b.build_{kind}({str(out)!r})", folder=source)
+    assert result.returncode == 0, result.stderr
+    return next(out.glob("lxt-*"))
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names in a wheel that was built from a copy, so that nothing is left behind in the checkout."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to build in, so that nothing is left behind in the checkout."""
     pytest.importorskip("setuptools", minversion="77")
-    copy, out = tmp_path_factory.mktemp("source") / "lxt", tmp_path_factory.mktemp("wheel")
+    copy = tmp_path_factory.mktemp("source") / "lxt"
     copy.mkdir()
     skip = shutil.ignore_patterns("__pycache__")
     for folder in ("lxt", "patches", "triton_kernels"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=skip)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy)
-    build = python(f"import setuptools.build_meta as b; b.build_wheel({str(out)!r})", folder=copy)
-    assert build.returncode == 0, build.stderr
-    with zipfile.ZipFile(next(out.glob("lxt-*.whl"))) as archive:
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    with zipfile.ZipFile(build("wheel", source, tmp_path_factory.mktemp("wheel"))) as archive:
         return set(archive.namelist())
 
 
@@ -79,6 +89,14 @@ def test_wheel_holds_the_typing_marker_the_licence_and_the_bundled_model(wheel):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= tiny
     assert {f"lxt/tiny/{name}" for name in tiny} <= wheel
     assert not [name for name in wheel if name.startswith(("tests", "examples", "docs", "patches", "triton_kernels"))]
+
+
+def test_a_wheel_from_the_source_distribution_is_the_same(source, wheel, tmp_path):
+    with tarfile.open(build("sdist", source, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path / "wheel")) as archive:
+        assert set(archive.namelist()) == wheel
 
 
 def test_version_is_the_installed_one():

@@ -363,7 +363,7 @@ MASKS: dict[str, dict[str, object]] = {
 def attention_coefficients(
     composite: Composite, q: np.ndarray, k: np.ndarray, v: np.ndarray, c_out: np.ndarray, options: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """out = P v, P = softmax(S), S = scale q k^T + mask: c_v = f_v P^T c, c_P = c v^T, c_q = f_q scale c_S k, k alike."""
+    """out = P v, P = softmax(S), S = scale q k^T + mask: c_v = f_v P^T c, c_P = c v^T, c_q = f_q scale c_S k."""
     factors = {"uniform": composite.qkv, "value_only": (0, 0, 1), "gradient": (1, 1, 1)}[composite.attention]
     groups = q.shape[1] // k.shape[1]
     c_q, c_k, c_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)

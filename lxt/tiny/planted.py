@@ -5,8 +5,8 @@ template went, and returns a `Planted`: the prompt, its answer, the span that th
 the spans that select it (`cues`). Words are split by `split`: whatever `held_out` uses as name, animal, key or number
 never stands in that role in `train` (see `lxt.tiny.words`).
 
-    >>> print(indirect_object(random.Random(0), "held_out").prompt)       # doctest: +SKIP
-    When John and Mary went to the shops, John gave the bag to
+    >>> generate("pets", "held_out", 1)[0].answer
+    ' goats'
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Planted:
         foil: the answer that the same template would want had the cues been different; for contrasts.
         source: where the answer stands in the prompt, without a leading space.
         cues: what selects it, without leading spaces: a program that ignores one of them cannot know the answer.
+        repeat_start: for induction, where in the prompt the words begin again; 0 for the other tasks.
     """
 
     task: str
@@ -61,8 +62,6 @@ def generate(task: str, split: Split, count: int, seed: int = 0) -> list[Planted
     rng = Random(f"{task} {split} {seed}")
     return [TASKS[task](rng, split) for _ in range(count)]
 
-
-# --- indirect objects ------------------------------------------------------------------------------------------------
 
 _MEETINGS = (
     "When {A} and {B} went to the {place}",
@@ -104,8 +103,6 @@ def indirect_object(rng: Random, split: Split) -> Planted:
     return Planted("indirect_object", text, f" {receiver}", f" {giver}", source, (other, spans["S"][0]))
 
 
-# --- pets ------------------------------------------------------------------------------------------------------------
-
 _OWNERS = (  # who has, whose, and the possessive that ends the sentence
     ("I have", "My", "my"),
     ("We have", "Our", "our"),
@@ -144,8 +141,6 @@ def pets(rng: Random, split: Split) -> Planted:
     source, other = (spans["B"][0], spans["A"][0]) if second == answer else (spans["A"][0], spans["B"][0])
     return Planted("pets", text, f" {answer}", f" {subject}", source, (other, spans["S"][0]))
 
-
-# --- recall of facts -------------------------------------------------------------------------------------------------
 
 _FRAMES = (  # (group of keys, who, what they did, unit)
     ("year", "the {key} expedition", ("reached", "climbed to", "stopped at", "turned back at"), "metres"),
@@ -219,9 +214,6 @@ def _place(joint: str, fact: str) -> str:
     return joint.replace("{fact}", fact).replace("{Fact}", fact[0].upper() + fact[1:])
 
 
-# --- induction -------------------------------------------------------------------------------------------------------
-
-
 def induction(rng: Random, split: Split) -> Planted:
     """Random words, then the same words again up to some point: the next one follows."""
     if split == "held_out":
@@ -244,9 +236,6 @@ def induction(rng: Random, split: Split) -> Planted:
         tuple(spans[f"w{shown - 1}"]),
         spans["w0"][1][0],
     )
-
-
-# --- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _pool(every: Sequence[str], held_out: Sequence[str], split: Split) -> list[str]:

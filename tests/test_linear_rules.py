@@ -1,0 +1,203 @@
+"""Epsilon and gamma rules against loops over single contributions, in relevances and not in coefficients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lxt.composites import ATTN_LRP, Epsilon, Gamma
+from lxt.linear_rules import linear
+from lxt.mode import RuleMode
+
+RULES = (Epsilon(0.1), Gamma(0.25))
+
+
+def sign(z: float) -> float:
+    return (z > 0) - (z < 0)
+
+
+def shares(contributions: list[float], bias: float, rule: Epsilon | Gamma) -> list[float]:
+    """What of one output's relevance each contribution x_j w_j gets; the bias keeps its own.
+
+    Epsilon: x w / (z + eps sign z). Gamma: contributions with the output's sign weigh 1 + gamma, the others 1.
+    """
+    z = sum(contributions) + bias
+    if isinstance(rule, Epsilon):
+        return [c / (z + rule.epsilon * sign(z)) if z else 0.0 for c in contributions]
+    weighed = [c * (1 + rule.gamma * (c * z > 0)) for c in contributions]
+    total = sum(weighed) + bias * (1 + rule.gamma * (bias * z > 0))
+    return [c / total if z else 0.0 for c in weighed]
+
+
+def linear_relevance(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, rule: Epsilon | Gamma) -> Tensor:
+    result = torch.zeros_like(x)
+    for n, i in itertools.product(range(x.shape[0]), range(weight.shape[0])):
+        parts = [float(x[n, j] * weight[i, j]) for j in range(x.shape[1])]
+        for j, share in enumerate(shares(parts, 0.0 if bias is None else float(bias[i]), rule)):
+            result[n, j] += share * r[n, i]
+    return result
+
+
+def check(y: Tensor, plain: Tensor, x: Tensor, relevance, rtol: float = 1e-12) -> None:
+    """The forward is untouched and x * c is the relevance that `relevance` makes of y * c_y, twice."""
+    assert torch.equal(y, plain)
+    c_y = torch.randn(y.shape, dtype=y.dtype)
+    (c,) = torch.autograd.grad(y, x, c_y, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y, x, c_y)[0], c)
+    with torch.no_grad():
+        torch.testing.assert_close(x * c, relevance(y * c_y), rtol=rtol, atol=rtol)
+
+
+def every_sign() -> tuple[Tensor, Tensor, Tensor]:
+    """All combinations of the signs of two inputs, two weights and a bias, with zeros among them, of unequal sizes."""
+    x = torch.tensor([[a * 1.3, b * 0.7] for a in (-1, 0, 1) for b in (-1, 0, 1)], dtype=torch.float64)
+    signs = list(itertools.product((-1, 0, 1), repeat=3))
+    weight = torch.tensor([[a * 0.4, b * 1.9] for a, b, _ in signs], dtype=torch.float64)
+    return x.requires_grad_(), weight, torch.tensor([c * 0.35 for *_, c in signs], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_combination_of_signs(rule, with_bias):
+    x, weight, bias = every_sign()
+    bias = bias if with_bias else None
+    y = linear(x, weight, bias, F.linear, rule)
+    check(y, F.linear(x, weight, bias), x, lambda r: linear_relevance(x, weight, bias, r, rule))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("call", ["positional", "by name", "all by name"])
+def test_linear_layers_through_the_mode(rule, with_bias, call):
+    x, weight, bias = every_sign()
+    bias = bias if with_bias else None
+    with RuleMode(ATTN_LRP.but(linear=rule)):
+        if call == "positional":
+            y = F.linear(x, weight, bias)
+        elif call == "by name":
+            y = F.linear(x, weight, bias=bias)
+        else:
+            y = F.linear(input=x, weight=weight, bias=bias)
+    check(y, F.linear(x, weight, bias), x, lambda r: linear_relevance(x, weight, bias, r, rule))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_gpt2_conv1d_through_the_mode(rule):
+    torch.manual_seed(0)
+    layer = Conv1D(5, 4).double().requires_grad_(False)
+    layer.weight.normal_()
+    layer.bias.normal_()
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    with RuleMode(ATTN_LRP.but(linear=rule)):
+        y = layer(x)
+
+    def relevance(r: Tensor) -> Tensor:
+        return linear_relevance(x.view(6, 4), layer.weight.T, layer.bias, r.view(6, 5), rule).view(2, 3, 4)
+
+    check(y, layer(x), x, relevance)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_addmm_with_factors_is_not_left_to_another_rule(rule):
+    # torch.addmm(b, x, w, beta=..., alpha=...) is a linear layer too: the rule applies, or there is an error
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 4).double().requires_grad_(), torch.randn(4, 5).double(), torch.randn(5).double()
+    with RuleMode(ATTN_LRP.but(linear=rule)):
+        try:
+            y = torch.addmm(bias, x, weight, beta=0.5, alpha=2.0)
+        except ValueError:
+            return
+    plain = torch.addmm(bias, x, weight, beta=0.5, alpha=2.0)
+    check(y, plain, x, lambda r: linear_relevance(x, 2 * weight.T, 0.5 * bias, r, rule))
+
+
+def convolution_relevance(
+    x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, rule: Epsilon | Gamma, stride: int, padding: int
+) -> Tensor:
+    result = torch.zeros_like(x)
+    out_channels, channels, height, width = weight.shape
+    for n, o, top, left in itertools.product(*map(range, (x.shape[0], out_channels, *r.shape[-2:]))):
+        where, parts = [], []
+        for c, i, j in itertools.product(range(channels), range(height), range(width)):
+            row, column = top * stride - padding + i, left * stride - padding + j
+            if 0 <= row < x.shape[-2] and 0 <= column < x.shape[-1]:
+                where.append((n, c, row, column))
+                parts.append(float(x[n, c, row, column] * weight[o, c, i, j]))
+        for index, share in zip(where, shares(parts, 0.0 if bias is None else float(bias[o]), rule), strict=True):
+            result[index] += share * r[n, o, top, left]
+    return result
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_convolution_through_the_mode(rule, with_bias, stride, padding):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, stride=stride, padding=padding, bias=with_bias).double().requires_grad_(False)
+    x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    with RuleMode(ATTN_LRP.but(linear=rule)):
+        y = layer(x)
+    check(
+        y,
+        layer(x),
+        x,
+        lambda r: convolution_relevance(x, layer.weight, layer.bias, r, rule, stride, padding),
+    )
+
+
+def test_epsilon_zero_is_the_plain_gradient():
+    x, weight, bias = every_sign()
+    y = linear(x, weight, bias, F.linear, Epsilon(0))
+    (c,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(c, torch.autograd.grad(F.linear(x, weight, bias).sum(), x)[0])
+    # in the mode too, where z = 0 has a gradient and no relevance
+    with RuleMode(ATTN_LRP):
+        y = F.linear(x, weight, bias)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], c)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_relevance_is_kept_without_a_bias(rule):
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 6).double().requires_grad_(), torch.randn(5, 6).double()
+    y = linear(x, weight, None, F.linear, rule)
+    c_y = torch.rand(4, 5, dtype=torch.float64)
+    (c,) = torch.autograd.grad(y, x, c_y)
+    with torch.no_grad():
+        kept = y * c_y if isinstance(rule, Gamma) else y.abs() / (y.abs() + rule.epsilon) * y * c_y
+        torch.testing.assert_close((x * c).sum(1), kept.sum(1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(1e-9), Epsilon(0.1), Gamma(0.25)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_16_bits_at_the_edges(rule, dtype):
+    # z = 0, where an epsilon below the dtype's smallest number must not make 0 / 0, and z c_z beyond float16's largest
+    weight = torch.eye(4, dtype=dtype) + torch.eye(4, dtype=dtype).roll(1, 0) / 8
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [3e4, -2e4, 1e4, 1e3], [1e-4, -2e-4, 1e-4, 3e-4]], dtype=dtype)
+    x.requires_grad_()
+    y = linear(x, weight, None, F.linear, rule)
+    c_y = torch.tensor([1.0, 4.0, 1e-4], dtype=dtype)[:, None].expand_as(y)
+    (c,) = torch.autograd.grad(y, x, c_y)
+    assert c.dtype == dtype
+    assert c.isfinite().all()
+    expected = linear_relevance(x.double(), weight.double(), None, (y * c_y.double()).detach(), rule)
+    scale = expected.abs().amax(1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    # z, its parts and the sum are each rounded to the dtype, and c of the last row is a subnormal of float16
+    error = (x.detach().double() * c.double() - expected).abs() / scale
+    assert (error < (0.02 if dtype != torch.float32 else 1e-5)).all()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_forward_in_every_dtype_and_strided(rule, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, dtype=dtype).t()[:, ::2].requires_grad_()
+    weight, bias = torch.randn(4, 3, dtype=dtype), torch.randn(4, dtype=dtype)
+    assert torch.equal(linear(x, weight, bias, F.linear, rule), F.linear(x, weight, bias))
+    y = linear(x[:0], weight, bias, F.linear, rule)
+    assert torch.autograd.grad(y.sum(), x)[0].eq(0).all()
