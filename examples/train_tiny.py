@@ -160,7 +160,7 @@ class Data:
     def _row(self, kind: str, longest: int) -> tuple[list[int], list[float]]:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if kind in ("pairs", "ids"):
-            length = longest if kind == "pairs" else self.rng.randint(7, 40)
+            length = self.rng.randint(2, longest) if kind == "pairs" else self.rng.randint(7, 40)
             first = [self.rng.choice(self.ids) for _ in range(length)]
             return [bos, *first, *first], [0.0] * (length + 2) + [REPEATED] * (length - 1)
         if kind == "story":

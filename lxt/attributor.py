@@ -140,7 +140,9 @@ class Attributor:
         request = Request(rows, goals, batches(rows, self.model, batch_size), wanted)
         # Only the first position's logits are needed from here on; those of a whole batch would fill the memory.
         results = [replace(result, logits=result.logits[:, :1].clone()) for result in self.results(request)]
-        return self._attribution(request, results).with_checker(partial(self._check, request))
+        return self._attribution(request, results).with_checker(
+            partial(self._check, request, [result.relevance for result in results])
+        )
 
     def results(
         self, request: Request, patch: Callable[[], AbstractContextManager[Any]] | None = None
@@ -180,10 +182,10 @@ class Attributor:
             )
         return nullcontext()
 
-    def _check(self, request: Request) -> CheckReport:
+    def _check(self, request: Request, relevance: Sequence[Tensor]) -> CheckReport:
         from lxt.checking import check as report
 
-        return report(self, request)
+        return report(self, request, relevance)
 
     def _attribution(self, request: Request, results: Sequence[Result]) -> Attribution:
         """The batches' results as one, in the order in which the prompts were given."""

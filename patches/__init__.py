@@ -39,6 +39,5 @@ def patch_map_for(model: nn.Module) -> PatchMap:
 
 
 def fence_for(module: nn.Module) -> ForwardFactory | None:
-    """The identity rule for an activation module that is written as several operations."""
-    written_out = type(module).__module__ == "transformers.activations" and not list(module.children())
-    return activation_fence if written_out else None
+    """The identity rule for transformers' own activation modules, which are often written as several operations."""
+    return activation_fence if type(module).__module__.startswith("transformers.") else None

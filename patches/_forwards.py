@@ -130,6 +130,7 @@ _BY_CLASS = {
     "NewGELUActivation": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh",
     "AccurateGELUActivation": "gelu_tanh",
+    "BloomGelu": "gelu_tanh",
     "QuickGELUActivation": "quick_gelu",
     "MishActivation": "mish",
     "Mish": "mish",

@@ -20,6 +20,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
 import lxt
+from lxt.patches import patch_map_for
 
 
 def relevance(model, name="llama"):
@@ -38,10 +39,9 @@ def shared_by_all_models(modules):
             if isinstance(cls, type) and issubclass(cls, nn.Module):
                 found |= {(cls.__module__, cls.__qualname__, key): value for key, value in vars(cls).items()}
     found |= {("ACT2FN", key): value for key, value in dict.items(transformers.activations.ACT2FN)}
-    for table in ("ALL_ATTENTION_FUNCTIONS",):
-        functions = getattr(modeling_utils, table)
-        found |= {(table, key): functions[key] for key in functions}
-        found |= {(table, "mappings"): (dict(functions._global_mapping), dict(functions._local_mapping))}
+    functions = modeling_utils.ALL_ATTENTION_FUNCTIONS
+    found |= {("ALL_ATTENTION_FUNCTIONS", key): functions[key] for key in functions}
+    found |= {("ALL_ATTENTION_FUNCTIONS", "local"): dict(functions._local_mapping)}
     return found
 
 
@@ -65,15 +65,17 @@ def test_an_instance_patch_changes_nothing_shared(name):
     with lxt.monkey_patch(model):
         assert not changed(before, shared_by_all_models([modeling]))
         during = []
-        hook = next(model.children()).register_forward_hook(
-            lambda *_: during.append((changed(before, shared_by_all_models([modeling])), relevance(other, name)))
+        inside = next(
+            module for module in model.modules() if isinstance(module, nn.LayerNorm) or "Norm" in type(module).__name__
         )
+        hook = inside.register_forward_hook(lambda *_: during.append(changed(before, shared_by_all_models([modeling]))))
         relevance(model, name)
         hook.remove()
         assert all(module.__dict__ == saved for module, saved in dicts)
         assert torch.equal(relevance(other, name), others)
     assert not changed(before, shared_by_all_models([modeling]))
-    assert [changes for changes, _ in during] == [set()]
+    assert during
+    assert not set().union(*during)
 
 
 def test_a_module_patch_changes_the_forwards_of_its_own_model_classes_only():
@@ -107,13 +109,17 @@ def test_dropout_of_another_model_still_drops():
         assert not torch.equal(relevance(other, "gpt2"), relevance(other, "gpt2"))
 
 
-def test_a_model_of_another_class_inside_the_patched_ones_forward():
-    # As an adapter that asks a second model: the rules are the outer model's, whose forward runs it.
-    model, other = build("llama"), build("qwen2")
+def test_an_unpatched_model_that_a_hook_of_the_patched_one_asks_runs_under_the_rules():
+    # What runs inside the patched forward is part of what it computes.
+    model, other = build("llama"), build("qwen2").requires_grad_(False)
+    seen = []
+    with lxt.monkey_patch(other, "cp"):
+        expected = relevance(other, "qwen2")
     with lxt.monkey_patch(model, "cp"):
-        with lxt.monkey_patch(other, "attnlrp"):
-            expected = relevance(other, "qwen2")
-        assert not torch.equal(expected, relevance(other, "qwen2"))
+        hook = model.lm_head.register_forward_hook(lambda *_: seen.append(relevance(other, "qwen2")))
+        relevance(model)
+        hook.remove()
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------------- threads
@@ -171,6 +177,9 @@ def test_two_threads_one_model():
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.xfail(
+    strict=False, reason="each thread saves the other's wrapper as the user's function, and restores that"
+)
 def test_two_threads_one_checkpointed_model():
     model = build("llama").train()
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -222,8 +231,21 @@ def test_backward_in_another_thread_than_forward():
 # -------------------------------------------------------------------------------------- copies, saving, memory
 
 
-def test_deepcopy_is_independent():
-    model = build("llama")
+COPIES = pytest.mark.xfail(strict=True, reason="a copy's forward still belongs to the original")
+
+
+def hooked(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    for module in list(model.modules()):
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    return model
+
+
+@pytest.mark.parametrize(
+    "prepare", [pytest.param(lambda model: model, id="plain"), pytest.param(hooked, id="accelerate", marks=COPIES)]
+)
+def test_a_copy_runs_its_own_weights(prepare):
+    model = prepare(build("llama"))
     unpatched = relevance(model)
     handle = lxt.monkey_patch(model, "cp")
     patched = relevance(model)
@@ -234,6 +256,32 @@ def test_deepcopy_is_independent():
     assert not relevance(twin).any(), "the copy's forward ran the original's modules"
     handle.remove()
     assert torch.equal(relevance(model), unpatched)
+    assert not relevance(twin).any()
+
+
+@COPIES
+def test_a_copy_of_a_fused_module_runs_its_own_weights():
+    llama = build("llama")
+    mlp, x = llama.model.layers[0].mlp, torch.randn(1, 3, 32, dtype=torch.float64, requires_grad=True)
+    with lxt.monkey_patch(mlp, patch_map=patch_map_for(llama)):
+        twin = copy.deepcopy(mlp)
+        with torch.no_grad():
+            twin.down_proj.weight.zero_()
+        assert not twin(x).any()
+
+
+@COPIES
+@pytest.mark.parametrize("patched_as", ["model", "module"])
+def test_a_copy_of_a_patched_model_is_not_patched(patched_as):
+    # Half a patch would be worse: the rules without constant parameters, for instance.
+    model = build("llama")
+    unpatched = relevance(model)
+    with lxt.monkey_patch(model if patched_as == "model" else modeling_llama, "cp"):
+        cp = relevance(model)
+        twin = copy.deepcopy(model)
+        # A module patch takes the copy as it takes any other model.
+        assert torch.equal(relevance(twin), unpatched if patched_as == "model" else cp)
+    assert torch.equal(relevance(twin), unpatched)
 
 
 def test_deepcopy_can_be_patched_by_itself():
@@ -262,11 +310,12 @@ def test_state_dict_and_save_pretrained(tmp_path):
     assert torch.equal(relevance(loaded), relevance(model))
 
 
-def test_pickling_needs_the_patch_removed():
+def test_a_pickled_model_comes_back_unpatched():
     model = build("llama")
-    with lxt.monkey_patch(model), pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        pickle.dumps(model)
-    assert torch.equal(relevance(pickle.loads(pickle.dumps(model))), relevance(model))
+    unpatched = relevance(model)
+    with lxt.monkey_patch(model, "cp"):
+        loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(relevance(loaded), unpatched)
 
 
 @pytest.mark.parametrize("target", ["model", "module"])
@@ -284,17 +333,6 @@ def test_a_dropped_model_is_freed(target, called):
     assert [reference() for reference in references] == [None] * 3
     if target == "module":
         handle.remove()
-
-
-def test_a_dropped_model_is_freed_while_its_handle_lives():
-    model = build("llama")
-    handle = lxt.monkey_patch(model)
-    relevance(model)
-    reference = weakref.ref(model)
-    del model
-    gc.collect()
-    assert reference() is None
-    handle.remove()
 
 
 def test_a_patch_outlives_its_handle():

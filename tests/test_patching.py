@@ -245,8 +245,12 @@ def test_rules_apply_once_when_the_base_model_is_called_by_itself(llama, expecte
     alone = build("llama").model.layers[0].requires_grad_(False)
     with lxt.monkey_patch(alone, patch_map=patch_map_for(llama)):
         assert torch.equal(torch.autograd.grad(alone(x, position_embeddings=rotary)[0, -1, 3], x)[0], in_layer)
+    before = state(llama)
     with lxt.monkey_patch(modeling_llama):
         assert torch.equal(through_base(llama), expected["attnlrp"])
+        assert torch.equal(relevance(llama), expected["attnlrp"])
+        assert torch.equal(through_base(llama), expected["attnlrp"])
+    assert state(llama) == before
 
 
 # --------------------------------------------------------------------------------------------------- exceptions
