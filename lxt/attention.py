@@ -111,8 +111,13 @@ class _TemperedAttention(torch.autograd.Function):
             if ctx.is_causal:
                 allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
                 scores = scores.masked_fill(~allowed, -torch.inf)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            bias = None
+            if mask is not None and mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            elif mask is not None:
+                bias = mask.detach().to(dtype).requires_grad_(ctx.needs_input_grad[3])
+                scores = scores + bias
             out = tempered_softmax(scores, -1, None, ctx.temperature) @ values
-            gradients = torch.autograd.grad(out, (q, k, v), c_out.to(dtype))
-        return *(c.to(query.dtype) for c in gradients), None, None, None, None, None
+            wanted = (q, k, v, bias) if bias is not None and bias.requires_grad else (q, k, v)
+            gradients = [c.to(query.dtype) for c in torch.autograd.grad(out, wanted, c_out.to(dtype))]
+        return *gradients, *(None,) * (8 - len(gradients))

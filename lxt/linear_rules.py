@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lxt.coefficients import wide
 from lxt.composites import Epsilon, Gamma
 
 __all__ = ["LinearMap", "linear"]
@@ -29,7 +30,8 @@ class _Epsilon(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, c_z: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
-        return c_z * (z.abs() / (z.abs() + ctx.epsilon)), None  # z / (z + epsilon sign z); epsilon > 0
+        size = z.to(wide(z.dtype)).abs()  # z / (z + epsilon sign z); a small epsilon is 0 in float16
+        return (c_z * (size / (size + ctx.epsilon))).to(c_z.dtype), None
 
 
 class _Gamma(torch.autograd.Function):
@@ -51,9 +53,9 @@ class _Gamma(torch.autograd.Function):
             negative = x.detach().clamp(max=0).requires_grad_()
             excited = ctx.f(positive, up, up_bias) + ctx.f(negative, down, None)
             inhibited = ctx.f(positive, down, down_bias) + ctx.f(negative, up, None)
-        relevance = z * c_z
-        into_excited = torch.where(z > 0, relevance / torch.where(z > 0, excited, 1.0), 0.0)
-        into_inhibited = torch.where(z < 0, relevance / torch.where(z < 0, inhibited, 1.0), 0.0)
+        # z / excited before c_z: z c_z leaves the range of float16
+        into_excited = torch.where(z > 0, z / torch.where(z > 0, excited, 1.0) * c_z, 0.0)
+        into_inhibited = torch.where(z < 0, z / torch.where(z < 0, inhibited, 1.0) * c_z, 0.0)
         c_positive, c_negative = torch.autograd.grad(
             (excited, inhibited), (positive, negative), (into_excited.detach(), into_inhibited.detach())
         )

@@ -28,6 +28,8 @@ from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
 
 __all__ = ["RuleMode", "UnknownOperation", "current_mode", "plain_gradient"]
 
+_FUNCTORCH = torch._C._functorch
+
 
 class UnknownOperation(RuntimeError):
     """An operation without a rule met an activation: relevance through it would be silently wrong."""
@@ -60,6 +62,8 @@ class RuleMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if _FUNCTORCH.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
+            raise UnknownOperation("vmap", _where())  # a batched tensor hides that it requires grad
         handler = self._resolved.get(func)
         if handler is None:
             handler = self._resolved[func] = self._resolve(func)
@@ -92,6 +96,16 @@ def current_mode() -> RuleMode | None:
     """The mode that is entered in this thread; patched models enter one at a time."""
     modes = torch.overrides._get_current_function_mode_stack()
     return next((mode for mode in reversed(modes) if isinstance(mode, RuleMode)), None)
+
+
+def _hidden_activation(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_hidden_activation, value))
+    if isinstance(value, dict):
+        return _hidden_activation(tuple(value.values()))
+    while isinstance(value, torch.Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value):
+        value = _FUNCTORCH.get_unwrapped(value)
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 @contextmanager

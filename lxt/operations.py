@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lxt import linear_rules, opnames, rules
 from lxt.attention import scaled_dot_product_attention
@@ -72,6 +73,17 @@ def copy_mark(source: Any, result: Any) -> Any:
     return result if name is None else mark(result, name)
 
 
+def _positional(args: tuple[Any, ...], kwargs: dict[str, Any], *slots: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands that came by name, moved to their place; a slot is the names that torch has for one operand."""
+    args, kwargs = list(args), dict(kwargs)
+    for slot in slots[len(args) :]:
+        name = next((name for name in slot.split() if name in kwargs), None)
+        if name is None:
+            break
+        args.append(kwargs.pop(name))
+    return tuple(args), kwargs
+
+
 def _constant(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*_stop_all(args), **_stop_all(kwargs))
 
@@ -94,7 +106,8 @@ def _shared(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    a, b = (*args, *kwargs.values())[:2]
+    (a, b), kwargs = _positional(args, kwargs, "input self", "other")
+    args = (a, b)
     if not (_is_activation(a) and _is_activation(b)):
         return copy_mark(a if _is_activation(a) else b, func(*args, **kwargs))
     if composite.softmax_temperature != 1 and "weights" in (_mark_of(a), _mark_of(b)):
@@ -108,67 +121,87 @@ def _product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs
     return rules.scale_gradient(func(*args, **kwargs), 0.5)
 
 
-def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _pair(composite: Composite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The two factors of q k^T, of weights times values, or of another sum of products, with their shares."""
     query, key, value = composite.qkv
+    if composite.attention == "gradient":
+        return a, b
     if composite.attention == "value_only" or (query, key, value) == (0.25, 0.25, 0.5):
-        return _shared(func, args, kwargs)
+        return rules.scale_gradient(a, 0.5), rules.scale_gradient(b, 0.5)
     if query != key:
         raise ValueError(
             f"Composite(qkv={composite.qkv}) with different factors for query and key can't reach attention that is "
             'written out as matrix products; use model.set_attn_implementation("sdpa"), or equal factors'
         )
-    if len(args) != 2 or not all(map(_is_activation, args)) or "weights" not in map(_mark_of, args):
-        return _shared(func, args, kwargs)
+    if "weights" not in (_mark_of(a), _mark_of(b)):
+        return rules.scale_gradient(a, 0.5), rules.scale_gradient(b, 0.5)
     # q k^T gives both one half; the rest of their factor goes on the weights.
-    return func(*(rules.scale_gradient(x, 2 * query if _mark_of(x) == "weights" else value) for x in args), **kwargs)
+    first, second = (2 * query if _mark_of(x) == "weights" else value for x in (a, b))
+    return rules.scale_gradient(a, first), rules.scale_gradient(b, second)
 
 
-# The operands of these operations in their positions, by the names that torch has for them.
-_SUM_ORDER = ("input", "mat1", "batch1", "mat", "vec1", "tensor1", "mat2", "batch2", "vec", "vec2", "tensor2")
-_LAYER_ORDER = ("input", "weight", "bias")
+def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    factors = activations((args, kwargs))
+    if len(factors) != 2 or composite.attention == "value_only" or composite.qkv == (0.25, 0.25, 0.5):
+        return _shared(func, args, kwargs)
+    shares = dict(zip(map(id, factors), _pair(composite, *factors), strict=True))
+    if len(shares) == 1:  # one tensor twice
+        return _shared(func, args, kwargs)
+    return func(*_swap(args, shares), **_swap(kwargs, shares))
 
 
-def _positional(
-    order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """Operands given by name moved to their positions, and the other keyword arguments."""
-    operands = [*args, *(kwargs[name] for name in order if name in kwargs)]
-    return operands, {key: value for key, value in kwargs.items() if key not in order}
+def _swap(value: Any, tensors: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)([_swap(item, tensors) for item in value])
+    if isinstance(value, dict):
+        return {key: _swap(item, tensors) for key, item in value.items()}
+    return tensors.get(id(value), value)
+
+
+_SUM_OPERANDS = ("input self", "mat1 batch1 tensor1 vec1 mat", "mat2 batch2 tensor2 vec2 vec")
 
 
 def _sum_of_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    (summand, a, b, *rest), options = _positional(_SUM_ORDER, args, kwargs)
+    (summand, a, b, *rest), kwargs = _positional(args, kwargs, *_SUM_OPERANDS)
     if _is_activation(a) and _is_activation(b):
-        kind = composite.product if opnames.operation_name(func).startswith("addcmul") else composite.attention
-        if kind != "gradient":
+        if not opnames.operation_name(func).startswith("addcmul"):
+            a, b = _pair(composite, a, b)
+        elif composite.product != "gradient":
             a, b = rules.scale_gradient(a, 0.5), rules.scale_gradient(b, 0.5)
-    return func(summand, a, b, *rest, **options)
+    return func(summand, a, b, *rest, **kwargs)
 
 
 def _addmm(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    operands, options = _positional(_SUM_ORDER, args, kwargs)
-    if composite.linear == Epsilon() or options or len(operands) != 3 or _is_activation(operands[2]):
-        return _sum_of_product(composite, func, args, kwargs)
-    bias, x, weight = operands
-    return linear_rules.linear(x, weight, bias, lambda x, w, b: x @ w if b is None else func(b, x, w), composite.linear)
+    (bias, x, weight, *rest), kwargs = _positional(args, kwargs, *_SUM_OPERANDS)
+    if composite.linear == Epsilon() or _is_activation(weight):
+        return _sum_of_product(composite, func, (bias, x, weight, *rest), kwargs)
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return func(weight.new_zeros(()) if bias is None else bias, x, weight, *rest, **kwargs)
+
+    return linear_rules.linear(x, weight, bias, f, composite.linear)
 
 
 def _linear_layer(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    (x, weight, *rest), options = _positional(_LAYER_ORDER, args, kwargs)
+    (x, weight, *rest), kwargs = _positional(args, kwargs, "input", "weight", "bias")
     if _is_activation(weight):
-        return rules.scale_gradient(func(*args, **kwargs), 0.5 if _is_activation(x) else 1)
+        x, weight = _pair(composite, x, weight) if _is_activation(x) else (x, weight)
+        return func(x, weight, *rest, **kwargs)
     if composite.linear == Epsilon():
-        return func(*args, **kwargs)
-    bias, *rest = rest or [None]
-    return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **options), composite.linear)
+        return func(x, weight, *rest, **kwargs)
+    bias = rest.pop(0) if rest else None
+    return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **kwargs), composite.linear)
 
 
 def _division(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = _positional(args, kwargs, "input self")
     return copy_mark(args[0], func(args[0], *_stop_all(args[1:]), **_stop_all(kwargs)))
 
 
 def _power(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    base, exponent = (*args, *kwargs.values())[:2]
+    base, exponent = _positional(args, kwargs, "input self", "exponent")[0]
+    if isinstance(exponent, Tensor) and exponent.dim() == 0 and not exponent.requires_grad:
+        exponent = exponent.item()
     if not _is_activation(base) or not isinstance(exponent, (int, float)) or exponent < 1:
         return _constant(func, args, kwargs)
     return rules.scale_gradient(func(*args, **kwargs), 1 / float(exponent))
@@ -180,15 +213,23 @@ def _square(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def _scalar_sum(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A Python scalar added to an activation absorbs relevance: the sum is a gate, a constant."""
-    scalars = (x for x in (*args, *kwargs.values()) if isinstance(x, (int, float)))
-    gate = any(abs(scalar) > SMALLEST_GATE_SCALAR for scalar in scalars)
-    return _constant(func, args, kwargs) if gate and len(args) == 2 else func(*args, **kwargs)
+    operands = _positional(args, kwargs, "input self", "other")[0]
+    gate = any(isinstance(x, (int, float)) and abs(x) > SMALLEST_GATE_SCALAR for x in operands[:2])
+    return _constant(func, args, kwargs) if gate else func(*args, **kwargs)
 
 
 def _scalar_sum_in_place(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) == 2 and isinstance(args[1], (int, float)) and abs(args[1]) > SMALLEST_GATE_SCALAR:
-        return args[0].copy_(func(rules.stop(args[0]).clone(), args[1]))
-    return func(*args, **kwargs)
+    target, other = _positional(args, kwargs, "self", "other")[0][:2]
+    if isinstance(other, (int, float)) and abs(other) > SMALLEST_GATE_SCALAR:
+        return _overwrite(target, func(rules.stop(target).clone(), other, *args[2:]))
+    return mark(func(*args, **kwargs), None)
+
+
+def _overwrite(target: Tensor, result: Tensor) -> Tensor:
+    """`result` in the memory of `target`; a constant leaves no activation behind."""
+    if not result.requires_grad and target.requires_grad and not target._is_view():
+        target.detach_()
+    return mark(target.copy_(result), _mark_of(result))
 
 
 def _gelu(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,6 +248,7 @@ def _closed_form(form: str, func: Callable, args: tuple[Any, ...], kwargs: dict[
 
 
 def _by_ratio(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = _positional(args, kwargs, "input self")
     x, rest = args[0], _stop_all(args[1:])
     options = _stop_all({key: value for key, value in kwargs.items() if key != "inplace"})
     if not any(isinstance(value, Tensor) for value in (*rest, *options.values())):
@@ -222,8 +264,10 @@ def _by_ratio(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
         dtype = x.dtype
         base = x.clone() if kwargs.get("inplace") else x
-        result = mark(rules.identity(base, function, lambda x: ratio(function(x.to(dtype)).to(x.dtype), x)), "gate")
-    return copy_mark(result, x.copy_(result)) if kwargs.get("inplace") else result
+        result = rules.identity(base, function, lambda x: ratio(function(x.to(dtype)).to(x.dtype), x))
+        # a bound is not an activation: models clamp gate and up alike
+        mark(result, _mark_of(x) if opnames.operation_name(func) in opnames.BOUNDS else "gate")
+    return _overwrite(x, result) if kwargs.get("inplace") else result
 
 
 def _marking_gate(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -235,13 +279,14 @@ def _softmax(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs
         return _constant(func, args, kwargs)
     if composite.softmax_temperature == 1:
         return mark(func(*args, **kwargs), "weights")
-    named = dict(zip(("input", "dim", "dtype"), args, strict=False)) | kwargs
+    named = dict(zip(("input", "dim", "dtype"), args[: 2 + isinstance(args[-1], torch.dtype)], strict=False)) | kwargs
     weights = rules.tempered_softmax(named["input"], named["dim"], named.get("dtype"), composite.softmax_temperature)
     return mark(weights, "weights")
 
 
 def _layer_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    kwargs = {key: value for key, value in kwargs.items() if key != "cudnn_enable"}
+    args, kwargs = _positional(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
+    kwargs.pop("cudnn_enable", None)
     args = (args[0], tuple(args[1]), *args[2:5]) if len(args) > 1 else args
     return rules.layer_norm(*args, **kwargs)
 
@@ -252,8 +297,22 @@ def _rms_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _group_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    kwargs = {key: value for key, value in kwargs.items() if key != "cudnn_enabled"}
+    args, kwargs = _positional(args, kwargs, "input", "num_groups", "weight", "bias", "eps")
+    kwargs.pop("cudnn_enabled", None)
     return rules.group_norm(*args[:5], **kwargs)
+
+
+def _batch_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    training = kwargs.get("training", args[5] if len(args) > 5 else False)
+    if training:
+        raise ValueError(
+            "BatchNorm in training mode has no rule: its statistics mix the batch; call model.eval() first"
+        )
+    return func(*args, **kwargs)
+
+
+def _grid_sampler(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(args[0], *_stop_all(args[1:]), **_stop_all(kwargs))
 
 
 def _sdpa(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -285,8 +344,8 @@ def _in_place(handler: Handler, out_of_place: Callable) -> Handler:
     """An in-place operation computed out of place, on a copy, then copied back: what was saved stays as it was."""
 
     def handle(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = handler(out_of_place, (args[0].clone(), *args[1:]), kwargs)
-        return mark(args[0].copy_(result), _mark_of(result))
+        result = handler(out_of_place, (copy_mark(args[0], args[0].clone()), *args[1:]), kwargs)
+        return _overwrite(args[0], result)
 
     return handle
 
@@ -325,8 +384,9 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
         use(opnames.REVERSE_DIVISIONS, _constant)
         use(opnames.NORM_PARTS, partial(_norm_part, composite))
         use(opnames.SCALAR_SUMS, _scalar_sum)
-        table |= {"square": _square, "glu": _glu}
+        table |= {"square": _square, "glu": _glu, "batch_norm": _batch_norm, "grid_sampler": _grid_sampler}
     if composite.norm == "identity":
+        use(opnames.NORM_PARTS, _constant)
         table |= {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm}
     identity = composite.activation == "identity"
     for name, form in opnames.CLOSED_FORMS.items():
@@ -342,9 +402,9 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
             raise ValueError(f"operation {name!r} is declared {kind!r}; allowed: linear, {', '.join(kinds)}")
 
     table |= {
-        name + "_": _in_place(handler, getattr(torch.Tensor, name))
+        name + "_": _in_place(handler, getattr(torch.Tensor, name, None) or getattr(F, name))
         for name, handler in table.items()
-        if hasattr(torch.Tensor, name + "_") and name not in opnames.SCALAR_SUMS
+        if name not in opnames.SCALAR_SUMS and (hasattr(torch.Tensor, name + "_") or hasattr(F, name))
     }
     table |= {
         name: _in_place(table[base], getattr(torch.Tensor, base))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 __all__ = [
+    "BOUNDS",
     "BY_RATIO",
     "CLOSED_FORMS",
     "CONSTANT",
@@ -37,7 +38,8 @@ def _names(text: str) -> frozenset[str]:
 
 def operation_name(func: Callable) -> str:
     """'mul' for torch.mul, Tensor.mul and aten.mul.Tensor."""
-    return getattr(func, "__name__", type(func).__name__).split(".")[0]
+    name = getattr(func, "__name__", type(func).__name__).split(".")[0]
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # x.T is 'T'
 
 
 # One tensor in, the same numbers out: a mark rides along.
@@ -46,7 +48,7 @@ MARK_KEEPING = _names(
     swapdims expand expand_as broadcast_to contiguous clone to type type_as float double half bfloat16 cpu cuda chunk
     split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind select narrow __getitem__ index_select gather
     take take_along_dim topk sort repeat repeat_interleave tile roll flip rot90 masked_fill masked_select alias
-    _to_copy view_as_real view_as_complex"""
+    _to_copy view_as_real view_as_complex T mT H mH"""
 )
 
 # The plain gradient is the rule: linear maps, selections, homogeneous functions of degree one, losses and queries.
@@ -64,7 +66,10 @@ LINEAR = _names(
     _upsample_bilinear2d_aa grid_sampler pixel_shuffle pixel_unshuffle channel_shuffle batch_norm fft_rfft fft_irfft
     fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn real imag conj resolve_conj resolve_neg cross_entropy
     cross_entropy_loss nll_loss mse_loss l1_loss
-    __get__ __set__ __delete__ numel size dim stride is_contiguous __len__ __bool__ __int__ __float__ __index__
+    __get__ __set__ data grad grad_fn shape dtype device is_leaf
+    requires_grad layout itemsize nbytes ndim names is_sparse is_cuda is_cpu is_meta is_mps is_quantized is_nested
+    is_mkldnn output_nr _version retains_grad _base _grad volatile _backward_hooks
+    __delete__ numel size dim stride is_contiguous __len__ __bool__ __int__ __float__ __index__
     __contains__ item tolist numpy __array__ __repr__ __format__ __str__ __hash__ __deepcopy__ __reduce_ex__ backward
     register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ detach detach_ data_ptr"""
 )
@@ -120,6 +125,7 @@ CLOSED_FORMS = {
 BY_RATIO = _names(
     "leaky_relu prelu elu selu celu hardtanh softshrink hardshrink tanhshrink threshold clamp clip clamp_min clamp_max"
 )
+BOUNDS = _names("clamp clip clamp_min clamp_max")
 IN_PLACE_DUNDERS = {"__imul__": "mul", "__itruediv__": "div", "__idiv__": "div", "__ipow__": "pow"}
 
 # Everything above: where a composite asks for the gradient, these run as they are and not as unknown.

@@ -6,6 +6,7 @@ off anywhere as x * c. `c_y` below is the coefficient that arrives at an operati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return x.view_as(x)
+        return torch.ops.aten._unsafe_view(x, x.shape)  # no view to autograd, which forbids writing into one
 
     @staticmethod
     def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None]:
@@ -150,7 +151,7 @@ def layer_norm(
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        grouped = x.to(wide(x.dtype)).reshape(x.shape[0], groups, -1)
+        grouped = x.to(wide(x.dtype)).reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
         ctx.groups = groups
         ctx.save_for_backward(torch.rsqrt(grouped.var(-1, correction=0, keepdim=True) + eps), weight)
         return F.group_norm(x, groups, weight, bias, eps)
@@ -161,7 +162,7 @@ class _GroupNorm(torch.autograd.Function):
         c = c_y.to(rstd.dtype)
         if weight is not None:
             c = c * weight.to(rstd.dtype).view(1, -1, *[1] * (c.dim() - 2))
-        c = c.reshape(c.shape[0], ctx.groups, -1)
+        c = c.reshape(c.shape[0], ctx.groups, math.prod(c.shape[1:]) // ctx.groups)
         return ((c - c.mean(-1, keepdim=True)) * rstd).view_as(c_y).to(c_y.dtype), None, None, None, None
 
 
@@ -181,7 +182,7 @@ def rms_norm_function(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """torch.nn.functional.rms_norm with 1/sigma as a constant: c_x = c_y * weight / sigma."""
-    epsilon = torch.finfo(x.dtype).eps if eps is None else eps
+    epsilon = torch.finfo(wide(x.dtype)).eps if eps is None else eps  # as torch: of the dtype it computes in
 
     def coefficient(x: Tensor) -> Tensor:
         rstd = torch.rsqrt(x.square().mean(tuple(range(-len(shape), 0)), keepdim=True) + epsilon)
@@ -212,8 +213,8 @@ class _GatedProduct(torch.autograd.Function):
             return None, c_y * activated, None, None, None
         gate, up = ctx.saved_tensors
         half = c_y * 0.5
-        coefficient = ctx.coefficient(gate.to(wide(gate.dtype)))
-        return (half * up * coefficient).to(gate.dtype), half * ctx.activation(gate), None, None, None
+        coefficient = ctx.coefficient(gate.to(wide(gate.dtype))) * up  # first, so that a large up times 0 is 0
+        return (half * coefficient).to(gate.dtype), half * ctx.activation(gate), None, None, None
 
 
 def gated_product(

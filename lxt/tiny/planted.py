@@ -169,7 +169,7 @@ _JOINTS = (". {Fact}", ". {Fact}", ", and {fact}", ", but {fact}", ". Later {fac
 def recall(rng: Random, split: Split) -> Planted:
     """Several facts of one kind, then one of them again up to the thousands ("... reached 8," → "326")."""
     group, who, verbs, unit = rng.choice(_FRAMES)
-    count = rng.randint(2, 4)
+    count = rng.choice((2, 3, 3, 4))
     keys = _keys(rng, group, count, split)
     tails = rng.sample([n for n in range(1000) if words.held_out_number(n) == (split == "held_out")], count)
     # Facts often share their thousands, so that "8," alone does not find the answer.
