@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
 from lxt.composites import Composite
@@ -27,8 +28,6 @@ from lxt.operations import Handler, activations, copy_mark, handlers
 from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
 
 __all__ = ["RuleMode", "UnknownOperation", "current_mode", "plain_gradient"]
-
-_FUNCTORCH = torch._C._functorch
 
 
 class UnknownOperation(RuntimeError):
@@ -62,7 +61,7 @@ class RuleMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if _FUNCTORCH.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
+        if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
             raise UnknownOperation("vmap", _where())  # a batched tensor hides that it requires grad
         handler = self._resolved.get(func)
         if handler is None:
@@ -103,8 +102,8 @@ def _hidden_activation(value: Any) -> bool:
         return any(map(_hidden_activation, value))
     if isinstance(value, dict):
         return _hidden_activation(tuple(value.values()))
-    while isinstance(value, torch.Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value):
-        value = _FUNCTORCH.get_unwrapped(value)
+    while isinstance(value, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(value):
+        value = _functorch.get_unwrapped(value)
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 

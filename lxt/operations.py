@@ -75,13 +75,13 @@ def copy_mark(source: Any, result: Any) -> Any:
 
 def _positional(args: tuple[Any, ...], kwargs: dict[str, Any], *slots: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Operands that came by name, moved to their place; a slot is the names that torch has for one operand."""
-    args, kwargs = list(args), dict(kwargs)
+    operands, options = list(args), dict(kwargs)
     for slot in slots[len(args) :]:
-        name = next((name for name in slot.split() if name in kwargs), None)
+        name = next((name for name in slot.split() if name in options), None)
         if name is None:
             break
-        args.append(kwargs.pop(name))
-    return tuple(args), kwargs
+        operands.append(options.pop(name))
+    return tuple(operands), options
 
 
 def _constant(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
