@@ -133,36 +133,50 @@ def build(arch: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
             rms_norm_eps=1e-6,
-            # For a short context: heads find the token before sooner than with the usual 10,000.
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
             **shared,
         )
     )
-    look_back(model)
+    begin_with_copying(model)
     return model
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM) -> None:
-    """Let training begin with one head that looks at the token before.
+def begin_with_copying(model: LlamaForCausalLM) -> None:
+    """Let training begin near an induction circuit (Olsson et al. 2022): the rest of it, and its use, are learned.
 
-    Copying needs such a head, and Llama is slow to find it: it has no biases and its embeddings begin around zero, so
-    that no query or key is constant. Here the embeddings get a common offset, and head 0 of layer 0 turns it into a
-    query and a key whose rotary phases agree at distance one. Nothing is frozen.
+    Llama is slow to find one: it has no biases and its embeddings begin around zero, so no query or key is constant.
+    1. The embeddings get a common offset. Head 0 of layer 0 turns it into a query and a key whose rotary phases agree
+       at distance one, so that it looks at the token before, and moves 32 directions of that token to 32 others.
+    2. Head 0 of layer 1 compares 16 of those with the same directions of its own token: it looks at what followed the
+       earlier occurrences of the present token. They lie in the slow rotary dimensions, where distance hardly counts.
+    Nothing is frozen.
     """
-    config, attention = model.config, model.model.layers[0].self_attn
+    config, first, second = model.config, model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    size, half, scale = first.head_dim, first.head_dim // 2, math.sqrt(first.head_dim)
+    for layer in model.model.layers:  # quiet at first, so that what is written below can be heard
+        layer.self_attn.o_proj.weight *= 0.15
+        layer.mlp.down_proj.weight *= 0.15
     offset = torch.randn(config.hidden_size)
     model.get_input_embeddings().weight += config.initializer_range * offset
-    half = attention.head_dim // 2
-    frequency = model.model.rotary_emb.inv_freq[:5]  # the fast ones: the others hardly tell one position from the next
-    query, key = torch.zeros(attention.head_dim), torch.zeros(attention.head_dim)
-    key[:5] = 1.0
-    query[:5], query[half : half + 5] = frequency.cos(), -frequency.sin()
-    # After the norm, the offset is about 8 long: this makes scores of 20, and 4 less at distances 0 and 2.
-    strength = math.sqrt(20 * math.sqrt(attention.head_dim) / 5) / 8
     direction = offset / offset.norm()
-    attention.q_proj.weight[: attention.head_dim] = strength * torch.outer(query, direction)
-    attention.k_proj.weight[: attention.head_dim] = strength * torch.outer(key, direction)
+    # Orthogonal to the offset and to each other: of the token before (read), where it is put (written).
+    basis = torch.linalg.qr(torch.cat([direction[:, None], torch.randn(config.hidden_size, 2 * size)], 1)).Q
+    read, written = basis[:, 1 : size + 1].T, basis[:, size + 1 :].T
+
+    frequency = model.model.rotary_emb.inv_freq[:5]  # the fast ones: the others hardly tell one position from the next
+    query, key = torch.zeros(size), torch.zeros(size)
+    key[:5], query[:5], query[half : half + 5] = 1.0, frequency.cos(), -frequency.sin()
+    # After the norm the offset is about 8 long: scores of 30, and 4 less at distances 0 and 2.
+    strength = math.sqrt(30 * scale / 5) / 8
+    first.q_proj.weight[:size] = strength * torch.outer(query, direction)
+    first.k_proj.weight[:size] = strength * torch.outer(key, direction)
+    first.v_proj.weight[:size] = read
+    first.o_proj.weight[:, :size] = 0.25 * written.T  # as long as the token itself in the residual stream
+
+    slow = [*range(half // 2, half), *range(half + half // 2, size)]
+    second.q_proj.weight[:size] = second.k_proj.weight[:size] = 0.0
+    second.q_proj.weight[slow] = 2.2 * read[: len(slow)]  # scores of about 8 for the same token
+    second.k_proj.weight[slow] = 2.2 * written[: len(slow)]
 
 
 class Data:

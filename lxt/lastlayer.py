@@ -1,10 +1,10 @@
-"""The last decoder layer only where it is needed: keys and values of all positions, the rest of the last one alone.
+"""The last decoder layer only where it is needed: keys and values of all positions, the rest of the explained ones.
 
-Nothing behind the last layer mixes positions, so where one position's logits are explained, only that position needs
-the layer's queries, output projection and MLP. The architecture's own code does both halves:
+Nothing behind the last layer mixes positions, so only the explained positions need its queries, output projection and
+MLP. The architecture's own code does both halves:
  1. The layer starts on all positions, with a cache that ends it when it hands over its keys and values.
- 2. The layer runs on the last position, with a cache that answers with those keys and values, as in decoding.
-The other positions of the output are zeros, and so is their relevance in truth.
+ 2. The layer runs on the explained positions, with a cache that answers with those keys and values, as in decoding.
+The other positions of the output are zeros; no explained logit reads them.
 """
 
 from __future__ import annotations
@@ -12,92 +12,114 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lxt.swapping import swap_forward
 
-__all__ = ["last_position_only"]
+__all__ = ["only_at"]
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 
 @contextmanager
-def last_position_only(layer: nn.Module) -> Iterator[None]:
-    """Meanwhile `layer` computes its output at the last position only, [batch, token, hidden] with zeros elsewhere.
+def only_at(layer: nn.Module | None, places: Tensor) -> Iterator[None]:
+    """Meanwhile `layer` computes its output at `places` only, [batch, token, hidden] with zeros elsewhere.
 
-    A layer whose arguments aren't understood (no cache among them, or an attention mask of another form) runs in
-    full, as it does under gradient checkpointing, which takes its cache away.
+    A layer whose arguments aren't understood (no cache among them, an attention mask of another form) runs in full,
+    as it does under gradient checkpointing, which takes its cache away, and without gradients.
 
     Args:
-        layer: the last decoder layer of a causal language model.
+        layer: the last decoder layer of a causal language model; None changes nothing.
+        places: [batch, K] positions, none twice in a row.
     """
-    restore = swap_forward(layer, _narrowed)
+    if layer is None:
+        yield
+        return
+    restore = swap_forward(layer, partial(_narrowed, places=places))
     try:
         yield
     finally:
         restore()
 
 
-def _narrowed(previous: Callable) -> Callable:
+def _narrowed(previous: Callable, places: Tensor) -> Callable:
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = _arguments(module, args, kwargs)
+        arguments = _arguments(module, args, kwargs, places) if torch.is_grad_enabled() else None
         if arguments is None:
             return previous(module, *args, **kwargs)
-        hidden, cache, rest, last = arguments
+        hidden, cache, rest, narrow = arguments
         try:
             return previous(module, hidden, **rest, **{cache: _Ending()})
         except _KeysAndValues as found:
             known = _Known(found.keys, found.values)
-        output = previous(module, hidden[:, -1:], **last, **{cache: known})
+        where = torch.arange(len(places), device=hidden.device)[:, None], places.to(hidden.device)
+        output = previous(module, hidden[where], **narrow, **{cache: known})
         first, *others = (output,) if isinstance(output, Tensor) else output
-        padded = F.pad(first, (0, 0, hidden.shape[1] - 1, 0))
-        return padded if isinstance(output, Tensor) else (padded, *others)
+        whole = torch.zeros_like(hidden, dtype=first.dtype).index_put(where, first)
+        return whole if isinstance(output, Tensor) else (whole, *others)
 
     return forward
 
 
 def _arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], places: Tensor
 ) -> tuple[Tensor, str, dict[str, Any], dict[str, Any]] | None:
-    """(hidden states, the cache's name, the other arguments, those for the last position), None if not understood."""
+    """(hidden states, the cache's name, the other arguments, those at `places`), None if not understood."""
     signature = inspect.signature(type(module).forward)
     bound = signature.bind(module, *args, **kwargs).arguments
     extra = next((p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
     named = {key: value for key, value in bound.items() if key != extra} | bound.get(extra or "", {})
-    _, hidden, *_ = bound.values()
+    _, hidden, *_ = named.values()
     cache = next((name for name in CACHE_ARGUMENTS if name in signature.parameters), None)
-    if cache is None or not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] < 2:
+    if cache is None or named.get(cache) is not None or not isinstance(hidden, Tensor) or hidden.dim() != 3:
         return None
-    if named.get(cache) is not None:
+    if len(hidden) != len(places) or hidden.shape[1] <= places.shape[1]:
         return None
     rest = {key: value for key, value in list(named.items())[2:] if key != cache}
     try:
-        last = {key: _at_last(key, value, hidden.shape[1]) for key, value in rest.items()}
+        narrow = {key: _at(places.to(hidden.device), key, value, hidden.shape[1]) for key, value in rest.items()}
+        narrow["attention_mask"] = _mask_at(
+            places.to(hidden.device), module, rest.get("attention_mask"), hidden.shape[1]
+        )
     except _NotUnderstood:
         return None
-    return hidden, cache, rest, last
+    return hidden, cache, rest, narrow
 
 
-def _at_last(name: str, value: Any, length: int) -> Any:
-    """An argument of the layer for its last position only."""
+def _at(places: Tensor, name: str, value: Any, length: int) -> Any:
+    """An argument of the layer at `places`."""
     if name == "position_embeddings" and isinstance(value, tuple):
-        return tuple(_at_last("position_ids", part, length) for part in value)
-    if not isinstance(value, Tensor):
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise _NotUnderstood(name)
-    if name == "attention_mask" and value.dim() == 4 and value.shape[2] in (1, length):
-        return value[:, :, -1:]
-    if name == "position_ids" and value.dim() >= 2 and value.shape[1] == length:
-        return value[:, -1:]
+        return tuple(_at(places, "position_ids", part, length) for part in value)
+    if name == "attention_mask" or value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if name == "position_ids" and isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length:
+        rows = torch.arange(len(places), device=value.device)[:, None]
+        return value.expand(len(places), *value.shape[1:])[rows, places]
     raise _NotUnderstood(name)
 
 
+def _mask_at(places: Tensor, module: nn.Module, mask: Any, length: int) -> Tensor | None:
+    """The attention mask's rows at `places`, [batch, 1, K, token]; none is torch's causal one."""
+    if mask is None:
+        if bool((places == length - 1).all()):
+            return None  # the last position sees everything
+        if not any(getattr(part, "is_causal", False) for part in module.modules()):
+            raise _NotUnderstood("attention_mask")
+        return (torch.arange(length, device=places.device) <= places[:, :, None])[:, None]
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] not in (1, length):
+        raise _NotUnderstood("attention_mask")
+    if mask.shape[2] == 1:
+        return mask
+    mask = mask.expand(len(places), *mask.shape[1:])
+    return torch.stack([row[:, place] for row, place in zip(mask, places, strict=True)])
+
+
 class _NotUnderstood(Exception):
-    """An argument with no known restriction to one position."""
+    """An argument with no known restriction to some positions."""
 
 
 class _KeysAndValues(Exception):
@@ -116,7 +138,7 @@ class _Ending:
 
 
 class _Known:
-    """A cache that holds all positions already, the last one too."""
+    """A cache that holds all positions already."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys, values

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
 
 from lxt.composites import Composite

@@ -1,14 +1,13 @@
-"""Compute only what the explained positions need: their logits, and the last layer's projections for them alone.
+"""The logits of the explained positions only.
 
-What follows the selected modules (scaling, a softcap, residual additions) still happens: the output projection's input
-becomes two-dimensional, [batch * K, hidden], and its output [batch, K, vocabulary]; a module of the last layer works on
-[batch, K, hidden] and its output is put back among zeros, which no explained logit reads.
+What follows the output projection (scaling, a softcap) still happens: its input becomes two-dimensional,
+[batch * K, hidden], and its output [batch, K, vocabulary].
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,17 +18,14 @@ __all__ = ["narrowed"]
 
 
 @contextmanager
-def narrowed(
-    head: nn.Module | None, places: Tensor, positionwise: Sequence[nn.Module] = ()
-) -> Iterator[Callable[[Tensor], Tensor]]:
+def narrowed(head: nn.Module | None, places: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
     """Narrow the forwards inside; yields what brings a model's output to [batch, K, vocabulary].
 
     The slice that transformers' `logits_to_keep` takes would send bf16 down a slow path on the CPU; this one does not.
 
     Args:
         head: the output projection, where there is one over the vocabulary.
-        places: [batch, K], the explained positions; no row names one twice if `positionwise` is given.
-        positionwise: modules of the last layer that treat each position by itself.
+        places: [batch, K], the explained positions.
     """
     batch, count = places.shape
     rows = torch.arange(batch).unsqueeze(1).expand_as(places)
@@ -70,35 +66,4 @@ def narrowed(
         if isinstance(head, nn.Linear):
             undo.callback(head.register_forward_pre_hook(before_head, with_kwargs=True).remove)
             undo.callback(head.register_forward_hook(after_head).remove)
-        for module in positionwise:
-            _narrow_in_place(module, places.shape, applies, select, (rows, places), undo)
         yield finish
-
-
-def _narrow_in_place(
-    module: nn.Module,
-    shape: torch.Size,
-    applies: Callable[[tuple[Any, ...], dict[str, Any]], bool],
-    select: Callable[[Tensor], Tensor],
-    where: tuple[Tensor, Tensor],
-    undo: ExitStack,
-) -> None:
-    lengths: list[int] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        lengths.clear()
-        if not applies(args, kwargs) or args[0].shape[1] <= shape[1]:
-            return None
-        lengths.append(args[0].shape[1])
-        return (select(args[0]),), kwargs
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not lengths:
-            return None
-        part = output if isinstance(output, Tensor) else output[0]
-        full = part.new_zeros(shape[0], lengths[0], *part.shape[2:])
-        full = full.index_put(tuple(index.to(part.device) for index in where), part)
-        return full if isinstance(output, Tensor) else (full, *output[1:])
-
-    undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    undo.callback(module.register_forward_hook(after).remove)

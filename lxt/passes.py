@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lxt.audit import audit
 from lxt.composites import Composite
 from lxt.inputs import Model, Row, offender, prepare, task
+from lxt.lastlayer import only_at
 from lxt.latents import capture, residual_layers, sites
 from lxt.narrow import narrowed
 from lxt.patchmap import PatchMap
@@ -84,7 +85,8 @@ def run(
         where = _places(rows, goals, task(model))
         with (
             capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
-            narrowed(_head(model), where, _positionwise(model, patch_map, latents, goals)) as finish,
+            narrowed(_head(model), where) as finish,
+            only_at(_last_layer(model, patch_map, latents, goals), where),
             patch(),
         ):
             output = model(inputs_embeds=embeds, **prepared.arguments(model))
@@ -149,17 +151,13 @@ def _head(model: Model) -> nn.Module | None:
     return model.get_output_embeddings() if task(model) in ("causal", "masked", "seq2seq") else None
 
 
-def _positionwise(model: Model, patch_map: PatchMap, latents: Sequence[str], goals: Sequence[Goal]) -> list[nn.Module]:
-    """What of a causal model's last layer may run on the explained positions alone: output projection and MLP.
+def _last_layer(model: Model, patch_map: PatchMap, latents: Sequence[str], goals: Sequence[Goal]) -> nn.Module | None:
+    """A causal model's last layer, if it may run at the explained positions alone.
 
-    Not where a latent wants all of their input, nor where rows have unlike numbers of positions: the shorter rows'
+    Not where a latent wants all of its insides, nor where rows have unlike numbers of positions: the shorter rows'
     last ones stand there twice, and would count twice.
     """
-    if task(model) != "causal" or len({len(goal.positions) for goal in goals}) > 1 or not patch_map.layers:
-        return []
-    last, found = residual_layers(model, patch_map)[-1], []
-    if patch_map.head and "head" not in latents:
-        found.append(patch_map.head)
-    if patch_map.neuron and "neuron" not in latents:
-        found.append(patch_map.neuron.rpartition(".")[0])
-    return [last.get_submodule(path) for path in found if path]
+    same = len({len(goal.positions) for goal in goals}) == 1
+    if task(model) != "causal" or not same or not patch_map.layers or {"head", "neuron"} & set(latents):
+        return None
+    return residual_layers(model, patch_map)[-1]

@@ -20,7 +20,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lxt
-from lxt.lastlayer import last_position_only
+from lxt.lastlayer import only_at
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     embeds = torch.randn(1, options.tokens, options.hidden).to(dtype)
 
     def once(rules: str | None, narrow: bool = False, patch_map: lxt.PatchMap | None = None) -> float:
-        last = last_position_only(model.model.layers[-1]) if narrow else nullcontext()
+        last = only_at(model.model.layers[-1] if narrow else None, torch.tensor([[options.tokens - 1]]))
         patch = lxt.monkey_patch(model.model, rules, patch_map) if rules else nullcontext()
         x = embeds.clone().requires_grad_()
         with last, patch:
@@ -53,6 +53,12 @@ def main() -> None:
             hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
             model.lm_head(hidden[:, -1]).max().backward()
             return time.perf_counter() - start
+
+    def attributed(rules: str) -> float:
+        explainer = lxt.Attributor(model, rules=rules)
+        start = time.perf_counter()
+        explainer.attribute(embeds.clone())
+        return time.perf_counter() - start
 
     def forward() -> float:
         start = time.perf_counter()
@@ -67,8 +73,10 @@ def main() -> None:
         "attnlrp": lambda: once("attnlrp"),
         "attnlrp, last layer for the last position": lambda: once("attnlrp", narrow=True),
         "attnlrp, operator mode alone": lambda: once("attnlrp", patch_map=lxt.PatchMap()),
+        "attnlrp, attribute()": lambda: attributed("attnlrp"),
         "cp": lambda: once("cp"),
         "cp, last layer for the last position": lambda: once("cp", narrow=True),
+        "cp, attribute()": lambda: attributed("cp"),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(options.rounds + 1):
@@ -77,8 +85,8 @@ def main() -> None:
             if round_:  # the first round warms up
                 times[name].append(seconds)
     print(
-        f"Llama, {options.layers} layers, hidden {options.hidden}, T = {options.tokens}, {options.dtype}, sdpa, one thread; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
+        f"Llama, {options.layers} layers, hidden {options.hidden}, T = {options.tokens}, {options.dtype}, sdpa, "
+        f"one thread; torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
     )
     baseline = times["plain forward + backward"]
     print("| | ratio to plain | spread | seconds |\n|---|---|---|---|")
