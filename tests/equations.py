@@ -387,6 +387,8 @@ class Float64(TorchFunctionMode):
         wide = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
         if wide and func is torch.Tensor.float:
             return args[0]
+        if wide and func is torch.Tensor.matmul:  # frequencies times positions: these were integers and became float32
+            args = tuple(arg.to(torch.float64) for arg in args)
         if wide:
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
