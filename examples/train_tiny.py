@@ -59,14 +59,14 @@ PIECES = "|".join(
 
 # How many sequences of each kind a step sees; each line is one padded forward.
 PAIRS = {"pairs": 64}
-SHORT = {"indirect_object": 14, "pets": 14}
-LONG = {"recall": 18, "induction": 4, "ids": 4, "story": 4}
+SHORT = {"indirect_object": 14, "pets": 14, "drill": 14}
+LONG = {"recall": 18, "induction": 2, "ids": 6, "story": 4}
 # Copying is found soon on repeats of 2 to 6 ids and hardly at all on long ones: so it comes first, alone, and grows.
 PAIRS_ONLY, PAIRS_GROW, PAIRS_END = 0.08, 0.04, 24  # shares of the steps, and the longest repeat
 # In this share of the prompts random ids stand for the names, animals, numbers and keys. With the same few dozen words
 # in every prompt a model learns the list of answers beside the way to them, and fails on words outside the list.
-STRANGERS = 0.5
-ANSWER, REPEATED, STORY, PROMPT = 1.0, 0.2, 0.1, 0.03  # the weights of tokens in the loss
+STRANGERS = 0.8
+ANSWER, DRILL, REPEATED, STORY, PROMPT = 1.0, 0.5, 0.2, 0.1, 0.03  # the weights of tokens in the loss
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -163,40 +163,60 @@ def begin_with_copying(model: LlamaForCausalLM) -> None:
     """Let training begin near an induction circuit (Olsson et al. 2022): the rest of it, and its use, are learned.
 
     Llama is slow to find one: it has no biases and its embeddings begin around zero, so no query or key is constant.
-    1. The embeddings get a common offset. Head 0 of layer 0 turns it into a query and a key whose rotary phases agree
-       at distance one, so that it looks at the token before, and moves 32 directions of that token to 32 others.
-    2. Head 0 of layer 1 compares 16 of those with the same directions of its own token: it looks at what followed the
-       earlier occurrences of the present token. They lie in the slow rotary dimensions, where distance hardly counts.
-    Nothing is frozen.
+    The embeddings therefore get a common offset, from which heads make queries and keys of position only.
+    1. Layer 0: one head looks at the token before, one a few tokens back. Each moves 32 directions of what it sees
+       to 32 others.
+    2. Layer 1: one head compares its own token with the tokens before others, so that it looks at what followed this
+       token earlier; one compares what stood a few tokens back, and avoids its neighbours, which would always match.
+    Comparisons are in the slow rotary dimensions, where distance hardly counts. Nothing is frozen.
     """
     layers: list[Any] = list(model.model.layers)
     first, second = layers[0].self_attn, layers[1].self_attn
     embedding: torch.Tensor = model.model.embed_tokens.weight
-    size, half, scale = first.head_dim, first.head_dim // 2, math.sqrt(first.head_dim)
     for layer in layers:  # quiet at first, so that what is written below can be heard
         layer.self_attn.o_proj.weight *= 0.15
         layer.mlp.down_proj.weight *= 0.15
     offset = torch.randn(embedding.shape[1])
     embedding += model.config.initializer_range * offset
-    direction = offset / offset.norm()
-    # Orthogonal to the offset and to each other: of the token before (read), where it is put (written).
-    basis = torch.linalg.qr(torch.cat([direction[:, None], torch.randn(len(offset), 2 * size)], 1)).Q
-    read, written = basis[:, 1 : size + 1].T, basis[:, size + 1 :].T
+    size = first.head_dim
+    # Orthogonal: the offset, what is read of other tokens, and the two places where it is written.
+    basis = torch.linalg.qr(torch.cat([offset[:, None], torch.randn(len(offset), 3 * size)], 1)).Q.T
+    offset, read, before, back = offset / offset.norm(), *basis[1:].split(size)
+    rates = model.model.rotary_emb.inv_freq
+    slow = [*range(size // 4, size // 2), *range(size * 3 // 4, size)]
 
-    frequency = model.model.rotary_emb.inv_freq[:5]  # the fast ones: the others hardly tell one position from the next
-    query, key = torch.zeros(size), torch.zeros(size)
-    key[:5], query[:5], query[half : half + 5] = 1.0, frequency.cos(), -frequency.sin()
-    # After the norm the offset is about 8 long: scores of 30, and 4 less at distances 0 and 2.
-    strength = math.sqrt(30 * scale / 5) / 8
-    first.q_proj.weight[:size] = strength * torch.outer(query, direction)
-    first.k_proj.weight[:size] = strength * torch.outer(key, direction)
-    first.v_proj.weight[:size] = read
-    first.o_proj.weight[:, :size] = 0.25 * written.T  # as long as the token itself in the residual stream
+    def look(attention: Any, group: int, pairs: range, distance: int, score: float) -> None:
+        """The group's first head scores positions by the offset alone, `score` at `distance` and less elsewhere."""
+        query, key = torch.zeros(size), torch.zeros(size)
+        for pair in pairs:
+            key[pair] = 1.0
+            query[pair], query[pair + size // 2] = (rates[pair] * distance).cos(), -(rates[pair] * distance).sin()
+        # After the norm the offset is about 8 long.
+        strength = math.sqrt(abs(score) * math.sqrt(size) / max(1, len(pairs))) / 8
+        head = group * attention.num_key_value_groups
+        attention.q_proj.weight[head * size : (head + 1) * size] = (
+            math.copysign(strength, score) * query[:, None] * offset
+        )
+        attention.k_proj.weight[group * size : (group + 1) * size] = strength * key[:, None] * offset
 
-    slow = [*range(half // 2, half), *range(half + half // 2, size)]
-    second.q_proj.weight[:size] = second.k_proj.weight[:size] = 0.0
-    second.q_proj.weight[slow] = 2.2 * read[: len(slow)]  # scores of about 8 for the same token
-    second.k_proj.weight[slow] = 2.2 * written[: len(slow)]
+    def move(attention: Any, group: int, written: torch.Tensor, strength: float) -> None:
+        head = group * attention.num_key_value_groups
+        attention.v_proj.weight[group * size : (group + 1) * size] = read
+        attention.o_proj.weight[:, head * size : (head + 1) * size] = strength * written.T
+
+    def compare(attention: Any, group: int, mine: torch.Tensor, theirs: torch.Tensor, strength: float) -> None:
+        head = group * attention.num_key_value_groups
+        attention.q_proj.weight[[head * size + i for i in slow]] = strength * mine[: len(slow)]
+        attention.k_proj.weight[[group * size + i for i in slow]] = strength * theirs[: len(slow)]
+
+    look(first, 0, range(0, 5), distance=1, score=30)
+    move(first, 0, before, 0.25)
+    look(second, 0, range(0), distance=0, score=0)
+    compare(second, 0, read, before, 2.2)
+    look(first, 1, range(1, 7), distance=4, score=12)
+    move(first, 1, back, 0.4)
+    look(second, 1, range(3, 8), distance=0, score=-8)
+    compare(second, 1, back, back, 2.0)
 
 
 class Data:
@@ -228,6 +248,8 @@ class Data:
             length = self.rng.randint(2, longest) if kind == "pairs" else self.rng.randint(7, 40)
             first = [self.rng.choice(self.ids) for _ in range(length)]
             return [bos, *first, *first], [0.0] * (length + 2) + [REPEATED] * (length - 1)
+        if kind == "drill":
+            return self._drill()
         if kind == "story":
             ids = [*self._encode(stories.story(self.rng)), eos]
             return [bos, *ids], [STORY] * (len(ids) + 1)
@@ -241,6 +263,21 @@ class Data:
         end = [*self._encode("."), eos]
         weights = [PROMPT] * (len(prompt) + 1) + [ANSWER] * len(answer) + [PROMPT] * len(end)
         return [bos, *prompt, *answer, *end], weights
+
+    def _drill(self) -> tuple[list[int], list[float]]:
+        """Recall with nothing else: key, words, value for each fact, and all again in another order; values are asked.
+
+        The same words stand in every fact, so only the key tells the value, and it stands several tokens before.
+        """
+        count, between = self.rng.randint(2, 3), self.rng.randint(1, 5)
+        drawn = self.rng.sample(self.strangers["recall"], 2 * count + between)
+        facts, shared = list(zip(drawn[:count], drawn[count : 2 * count], strict=True)), drawn[2 * count :]
+        ids, weights = [self.bos], [0.0]
+        for asked in (False, True):
+            for key, value in self.rng.sample(facts, count):
+                ids += [key, *shared, value]
+                weights += [0.0] * (between + 1) + [DRILL if asked else 0.0]
+        return ids, weights
 
     def _estrange(self, example: planted.Planted, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """Put random ids for answer, foil and cue throughout, so that what is learned is the structure."""

@@ -12,8 +12,9 @@ from lxt.mode import UnknownOperation
 
 __all__ = ["foreign_functions", "refuse_foreign_functions"]
 
-# Linear layers of quantisation libraries: the plain gradient is the rule.
-LINEAR_FUNCTIONS = frozenset({"MatMul4Bit", "MatMul8bitLt", "MatMul8bitFp"})
+# The plain gradient is the rule: linear layers of quantisation libraries, and the identity that torch puts around a
+# module with a full backward hook.
+LINEAR_FUNCTIONS = frozenset({"BackwardHookFunction", "MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt"})
 
 
 def refuse_foreign_functions(

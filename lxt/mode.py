@@ -24,7 +24,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
 
 from lxt.composites import Composite
-from lxt.operations import Handler, activations, copy_mark, handlers
+from lxt.operations import Handler, activations, copy_mark, handlers, without_dropout
 from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
 
 __all__ = ["RuleMode", "UnknownOperation", "current_mode", "plain_gradient"]
@@ -59,8 +59,10 @@ class RuleMode(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.suspended or not torch.is_grad_enabled():
+        if self.suspended:
             return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return without_dropout(func, args, kwargs)
         if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
             raise UnknownOperation("vmap", _where())  # a batched tensor hides that it requires grad
         handler = self._resolved.get(func)

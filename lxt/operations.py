@@ -19,7 +19,7 @@ from lxt.attention import scaled_dot_product_attention
 from lxt.coefficients import ratio
 from lxt.composites import Composite, Epsilon
 
-__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark"]
+__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark", "without_dropout"]
 
 Handler = Callable[[Callable, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -321,6 +321,17 @@ def _sdpa(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: d
 
 def _glu(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return rules.glu(*args, **kwargs)
+
+
+def without_dropout(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operation as it is, where no gradient is recorded, except that dropout is inactive then too."""
+    name = opnames.operation_name(func)
+    if name in opnames.DROPOUTS:
+        return _no_dropout(func, args, kwargs)
+    if name == "scaled_dot_product_attention":
+        args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        kwargs = {key: value for key, value in kwargs.items() if key != "dropout_p"}
+    return func(*args, **kwargs)
 
 
 def _no_dropout(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

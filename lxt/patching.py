@@ -24,6 +24,7 @@ from torch import nn
 
 from lxt.composites import Composite, resolve
 from lxt.graph import refuse_foreign_functions
+from lxt.holds import Holds
 from lxt.interfaces import SEEN_BY_THE_MODE, rewired_forward, uses_interface
 from lxt.mode import RuleMode
 from lxt.patches import fence_for, patch_map_for
@@ -172,9 +173,7 @@ class _ModelPatch(_Patch):
         self._map = patch_map_for(model) if patch_map is None else patch_map
         self._mode = functools.partial(mode, composite, self._map.operations)
         self._mode()  # a wrong declaration fails here and not in the first forward
-        self._lock = threading.Lock()
-        self._runs = 0
-        self._frozen: list[nn.Parameter] = []
+        self._holds = Holds()
         self.fused: dict[str, int] = {}
         try:
             for module in model.modules():
@@ -216,74 +215,66 @@ class _ModelPatch(_Patch):
         def entered_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self.active or _RUNNING.get() is not None:
                 return previous(module, *args, **kwargs)
-            return self.run(functools.partial(previous, module), args, kwargs)
+            return self.run(module, previous, args, kwargs)
 
         return entered_forward
 
-    def run(self, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`forward(*args, **kwargs)` under the rules, as the outermost forward."""
-        with self._running() as mode:
-            output = forward(*args, **kwargs)
+    def run(self, module: nn.Module, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward(module, *args, **kwargs)` under the rules, as the outermost forward."""
+        with self._running(module) as mode:
+            output = forward(module, *args, **kwargs)
         if torch.is_grad_enabled():
             refuse_foreign_functions(output, (args, kwargs), self._map.operations, mode.approved)
         return output
 
     @contextmanager
-    def _running(self) -> Iterator[RuleMode]:
+    def _running(self, module: nn.Module) -> Iterator[RuleMode]:
         token = _RUNNING.set(self)
+        checkpointing = module.modules() if torch.is_grad_enabled() else ()
         try:
-            with self._constant_parameters(), self._checkpoints_under_rules(), self._mode() as mode:
+            with (
+                self._holds.hold(module.parameters(), _make_constant),
+                self._holds.hold(checkpointing, self._checkpoint_under_rules),
+                self._mode() as mode,
+            ):
                 yield mode
         finally:
             _RUNNING.reset(token)
 
-    @contextmanager
-    def _constant_parameters(self) -> Iterator[None]:
-        """Parameters don't require grad meanwhile; counted, since several threads may run one model."""
-        with self._lock:
-            self._runs += 1
-            if self._runs == 1:
-                model = self._model()
-                parameters = model.parameters() if model is not None else ()
-                self._frozen = [parameter for parameter in parameters if parameter.requires_grad]
-                for parameter in self._frozen:
-                    parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._runs -= 1
-                if self._runs == 0:
-                    for parameter in self._frozen:
-                        parameter.requires_grad_(True)
-                    self._frozen = []
+    def _checkpoint_under_rules(self, module: nn.Module) -> Callable[[], None] | None:
+        """What the module checkpoints enters the mode again when the backward recomputes it."""
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is None or not getattr(module, "gradient_checkpointing", False):
+            return None
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; use "
+                'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
 
-    @contextmanager
-    def _checkpoints_under_rules(self) -> Iterator[None]:
-        """Functions that the model checkpoints enter the mode again when the backward recomputes them."""
-        model = self._model()
-        with ExitStack() as undo:
-            for module in model.modules() if model is not None and torch.is_grad_enabled() else ():
-                checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-                if checkpoint is None or not getattr(module, "gradient_checkpointing", False):
-                    continue
-                if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-                    raise ValueError(
-                        "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; use "
-                        'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+        def under_rules(function: Callable, *args: Any, **kwargs: Any) -> Any:
+            def recomputed(*args: Any, **kwargs: Any) -> Any:
+                if not self.active:
+                    raise RuntimeError(
+                        "the rules were removed or switched between this forward and its backward; with gradient "
+                        "checkpointing the backward runs layers again: call backward() before handle.remove()"
                     )
-                module.__dict__["_gradient_checkpointing_func"] = functools.partial(self._checkpoint, checkpoint)
-                undo.callback(module.__dict__.__setitem__, "_gradient_checkpointing_func", checkpoint)
-            yield
+                if _RUNNING.get() is not None:
+                    return function(*args, **kwargs)
+                with self._running(module):
+                    return function(*args, **kwargs)
 
-    def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        def under_rules(*args: Any, **kwargs: Any) -> Any:
-            if _RUNNING.get() is not None:
-                return function(*args, **kwargs)
-            with self._running():
-                return function(*args, **kwargs)
+            return checkpoint(recomputed, *args, **kwargs)
 
-        return checkpoint(under_rules, *args, **kwargs)
+        module.__dict__["_gradient_checkpointing_func"] = under_rules
+        return functools.partial(module.__dict__.__setitem__, "_gradient_checkpointing_func", checkpoint)
+
+
+def _make_constant(parameter: nn.Parameter) -> Callable[[], Any] | None:
+    if not parameter.requires_grad:
+        return None
+    parameter.requires_grad_(False)
+    return functools.partial(parameter.requires_grad_, True)
 
 
 class _ClassesPatch(_Patch):
@@ -292,6 +283,7 @@ class _ClassesPatch(_Patch):
     def __init__(self, module: ModuleType, composite: Composite, patch_map: PatchMap | None) -> None:
         super().__init__(composite)
         self._name, self._map = module.__name__, patch_map
+        RuleMode(composite, patch_map.operations if patch_map else {})  # a wrong declaration fails here
         classes = _model_classes(module)
         if not classes:
             raise TypeError(f"module {module.__name__!r} defines no model class; pass a modeling module or a model")
@@ -299,7 +291,8 @@ class _ClassesPatch(_Patch):
         if previous is not None:
             previous.remove()
         for cls in classes:
-            self._undo.callback(swap_class_forward(cls, self._entry))
+            for name in ("forward", "__call__"):  # under accelerate's hooks an instance keeps the forward of before
+                self._undo.callback(swap_class_forward(cls, self._entry, name))
         self.classes = [cls.__name__ for cls in classes]
         _own(module, self)
 
@@ -310,7 +303,7 @@ class _ClassesPatch(_Patch):
         def entered_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self.active or _RUNNING.get() is not None:
                 return previous(model, *args, **kwargs)
-            return self._adopt(model).run(functools.partial(previous, model), args, kwargs)
+            return self._adopt(model).run(model, previous, args, kwargs)
 
         return entered_forward
 
@@ -358,9 +351,7 @@ def _release(target: nn.Module) -> None:
 
 def _is_entry(module: nn.Module) -> bool:
     """Whether users call it by itself: pretrained models inside the target, and checkpointed layers."""
-    return hasattr(type(module), "_gradient_checkpointing_func") or any(
-        cls.__name__ in ("PreTrainedModel", "GradientCheckpointingLayer") for cls in type(module).__mro__
-    )
+    return any(cls.__name__ in ("PreTrainedModel", "GradientCheckpointingLayer") for cls in type(module).__mro__)
 
 
 def _model_classes(module: ModuleType) -> list[type[nn.Module]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -30,7 +31,15 @@ def swap_forward(module: nn.Module, make: ForwardMaker) -> Callable[[], None]:
     def call_previous(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs) if previous is _ABSENT else previous(*args, **kwargs)
 
-    replacement = MethodType(functools.wraps(type(module).forward)(make(call_previous)), module)
+    made, home = make(call_previous), weakref.ref(module)
+    of_copies = previous.__func__ if isinstance(previous, MethodType) else type(module).forward
+
+    @functools.wraps(type(module).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A deep copy takes this forward with it; it is a model of its own, without rules.
+        return (made if self is home() else of_copies)(self, *args, **kwargs)
+
+    replacement = MethodType(forward, module)
     own[slot] = replacement
 
     def restore() -> None:
@@ -47,18 +56,18 @@ def swap_forward(module: nn.Module, make: ForwardMaker) -> Callable[[], None]:
     return restore
 
 
-def swap_class_forward(cls: type[nn.Module], make: ForwardMaker) -> Callable[[], None]:
-    """The same for all instances of a class."""
-    own, previous = cls.__dict__.get("forward", _ABSENT), cls.forward
+def swap_class_forward(cls: type[nn.Module], make: ForwardMaker, name: str = "forward") -> Callable[[], None]:
+    """The same for all instances of a class: their forward, or their `__call__`."""
+    own, previous = cls.__dict__.get(name, _ABSENT), getattr(cls, name)
     replacement = functools.wraps(previous)(make(previous))
-    cls.forward = replacement
+    setattr(cls, name, replacement)
 
     def restore() -> None:
-        if cls.__dict__.get("forward") is not replacement:
+        if cls.__dict__.get(name) is not replacement:
             return  # somebody wrapped it since; ours passes calls through
         if own is _ABSENT:
-            del cls.forward
+            delattr(cls, name)
         else:
-            cls.forward = own
+            setattr(cls, name, own)
 
     return restore

@@ -261,9 +261,6 @@ def test_an_operation_without_a_rule_is_named_and_leaves_the_model_clean(llama, 
     assert state(llama) == before
 
 
-@pytest.mark.xfail(
-    raises=lxt.UnknownOperation, strict=True, reason="BackwardHookFunction is taken for a foreign function"
-)
 def test_full_backward_hooks(llama, expected):
     seen = []
     with lxt.monkey_patch(llama):
@@ -373,7 +370,6 @@ def test_a_switch_that_fails_leaves_no_half(llama, expected, failing):
     assert torch.equal(relevance(llama), expected[None])
 
 
-@pytest.mark.xfail(strict=True, reason="a module target finds it out in the first forward")
 def test_a_wrong_declaration_for_a_module_fails_at_once():
     forward = modeling_llama.LlamaForCausalLM.forward
     with pytest.raises(ValueError, match="operation 'foo' is declared 'bar'"):

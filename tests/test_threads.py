@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 
-import pytest
 import torch
 from models import build, inputs_of
 from relevances import relevance
@@ -65,9 +64,6 @@ def test_two_threads_one_model():
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.xfail(
-    strict=False, reason="each thread saves the other's wrapper as the user's function, and restores that"
-)
 def test_two_threads_one_checkpointed_model():
     model = build("llama").train()
     model.activation_checkpointing_enable({"use_reentrant": False})
