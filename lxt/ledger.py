@@ -31,6 +31,7 @@ _LEAKS = (
     | dict.fromkeys(["add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "where", "lerp"], "constant")
     | dict.fromkeys(["cat", "concat", "concatenate", "stack", "hstack", "vstack"], "constant")
 )
+_IN_PLACE = {"add_": "add", "__iadd__": "add", "sub_": "sub", "__isub__": "sub"}
 
 
 @dataclass
@@ -92,9 +93,13 @@ class _LedgerMode(RuleMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kind = _LEAKS.get(operation_name(func))
+        name = operation_name(func)
+        kind = _LEAKS.get(_IN_PLACE.get(name, name))
         if kind is None or self.suspended or not torch.is_grad_enabled():
             return super().__torch_function__(func, types, args, kwargs)
+        if name in _IN_PLACE:  # out of place, since what was there before is part of the balance
+            target = args[0].clone(), *args[1:]
+            return args[0].copy_(self.__torch_function__(getattr(torch.Tensor, _IN_PLACE[name]), types, target, kwargs))
         if kind == "bias" and isinstance(self.composite.linear, Epsilon) and self.composite.linear.epsilon:
             kind = "bias and epsilon"
         book = partial(self._ledger.add, (kind, self._ledger.where()))

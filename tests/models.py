@@ -148,3 +148,10 @@ def inputs_of(name: str, dtype: torch.dtype = torch.float64, seed: int = 1) -> d
         key: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         for key, shape in EXAMPLES[name].inputs.items()
     }
+
+
+def checkpointed(model: nn.Module, options: dict[str, bool] | None = None) -> nn.Module:
+    """The model with gradient checkpointing on; transformers renamed the call in 5.2x."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or {"use_reentrant": False})
+    return model

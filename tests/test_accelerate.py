@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import build, inputs_of
+from models import build, checkpointed, inputs_of
 from transformers.models.llama import modeling_llama
 
 import lxt
@@ -168,7 +168,7 @@ def test_switching_rules_on_a_dispatched_model(expected, tmp_path):
 @pytest.mark.parametrize("place", [offload_to_cpu, offload_to_disk])
 def test_with_checkpointing(place, expected, tmp_path):
     model = build("llama").train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed(model, {"use_reentrant": False})
     place(model, tmp_path)
     with lxt.monkey_patch(model):
         assert torch.equal(relevance(model), expected["attnlrp"])

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from models import DECODERS, EXAMPLES, build, inputs_of
+from models import DECODERS, EXAMPLES, build, checkpointed, inputs_of
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers.models.llama import modeling_llama
@@ -57,7 +57,7 @@ def test_same_relevance_in_train_and_in_eval(name, rules, dtype):
         # patched or not; everywhere else nothing may differ.
         atol = 4 * torch.finfo(dtype).eps * plain.abs().max().item() if name == "t5" else 0.0
         close = functools.partial(torch.allclose, rtol=0.0, atol=atol)
-        model.activation_checkpointing_enable(NON_REENTRANT)
+        checkpointed(model, NON_REENTRANT)
         assert torch.equal(relevance(model, name), plain)  # eval(): transformers checkpoints nothing
         forwards = []
         hook = layers[0].register_forward_hook(lambda *_: forwards.append(1))
@@ -81,10 +81,10 @@ def test_layers_are_recomputed_and_the_users_function_comes_back(when, recompute
         plain = relevance(model)
         plain_count = len(recomputed)
     if when == "before patching":
-        model.train().activation_checkpointing_enable(NON_REENTRANT)
+        checkpointed(model.train(), NON_REENTRANT)
     with lxt.monkey_patch(model):
         if when == "after patching":
-            model.train().activation_checkpointing_enable(NON_REENTRANT)
+            checkpointed(model.train(), NON_REENTRANT)
         functions = [layer._gradient_checkpointing_func for layer in model.model.layers]
         recomputed.clear()
         assert torch.equal(relevance(model), plain)
@@ -97,14 +97,14 @@ def test_under_a_module_patch():
     model = build("llama")
     with lxt.monkey_patch(modeling_llama, "cp"):
         plain = relevance(model)
-        model.train().activation_checkpointing_enable(NON_REENTRANT)
+        checkpointed(model.train(), NON_REENTRANT)
         assert torch.equal(relevance(model), plain)
 
 
 def test_removed_between_forward_and_backward_is_an_error():
     # The layers are recomputed in the backward, and without the patch they would be recomputed by other operations.
     model = build("llama").train()
-    model.activation_checkpointing_enable(NON_REENTRANT)
+    checkpointed(model, NON_REENTRANT)
     inputs = inputs_of("llama")
     with lxt.monkey_patch(model):
         logits = model(**inputs, use_cache=False).logits
@@ -117,7 +117,7 @@ def test_backward_twice_through_a_checkpoint():
     model = build("llama").train()
     with lxt.monkey_patch(model):
         expected = relevance(model)
-        model.activation_checkpointing_enable(NON_REENTRANT)
+        checkpointed(model, NON_REENTRANT)
         inputs = inputs_of("llama")
         logits = model(**inputs, use_cache=False).logits[0, -1]
         for _ in range(2):
@@ -127,7 +127,7 @@ def test_backward_twice_through_a_checkpoint():
 
 def test_parameters_require_grad_and_get_none():
     model = build("llama").train()
-    model.activation_checkpointing_enable(NON_REENTRANT)
+    checkpointed(model, NON_REENTRANT)
     with lxt.monkey_patch(model):
         relevance(model)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -190,7 +190,7 @@ def test_raw_checkpoint_of_a_transformers_layer(rules):
 def test_reentrant_is_refused():
     message = "reentrant gradient checkpointing recomputes outside the rules and is silently wrong.*use_reentrant"
     model = build("llama").train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpointed(model, {"use_reentrant": True})
     functions = [layer._gradient_checkpointing_func for layer in model.model.layers]
     with lxt.monkey_patch(model):
         with pytest.raises(ValueError, match=message):
@@ -212,7 +212,7 @@ def test_reentrant_that_hides_behind_a_wrapper_is_refused():
     def users_checkpoint(function, *args, **kwargs):
         return checkpoint(function, *args, use_reentrant=True, **kwargs)
 
-    model.activation_checkpointing_enable(NON_REENTRANT)
+    checkpointed(model, NON_REENTRANT)
     for layer in model.model.layers:
         layer._gradient_checkpointing_func = users_checkpoint
     with lxt.monkey_patch(model), pytest.raises(ValueError, match="reentrant"):

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from models import checkpointed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -154,7 +155,7 @@ def test_checkpointing_gives_the_same_latents(build):
                 module.p = 0.1
     latents = ("residual", "head", "neuron")
     expected = Attributor(model).attribute(PROMPTS, latents=latents)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed(model)
     model.train()
     out = Attributor(model).attribute(PROMPTS, latents=latents)
     assert torch.equal(out.relevance, expected.relevance)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import EXAMPLES, HIDDEN, TOKENS, build, inputs_of
+from models import EXAMPLES, HIDDEN, TOKENS, build, checkpointed, inputs_of
 from relevances import relevance, state
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
@@ -197,7 +197,7 @@ def test_an_exception_inside_forward(llama, expected, error):
 def test_an_exception_inside_backward(llama, expected, error, checkpointing):
     if checkpointing:
         llama.train()
-        llama.activation_checkpointing_enable()
+        checkpointed(llama)
     before = state(llama)
     calls = []
 

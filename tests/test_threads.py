@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import torch
-from models import build, inputs_of
+from models import build, checkpointed, inputs_of
 from relevances import relevance
 from transformers.models.llama import modeling_llama
 
@@ -66,7 +66,7 @@ def test_two_threads_one_model():
 
 def test_two_threads_one_checkpointed_model():
     model = build("llama").train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed(model, {"use_reentrant": False})
     functions = [layer._gradient_checkpointing_func for layer in model.model.layers]
     with lxt.monkey_patch(model):
         serial = relevance(model)
@@ -105,7 +105,7 @@ def test_backward_in_another_thread_than_forward():
     model = build("llama").train()
     with lxt.monkey_patch(model):
         serial = relevance(model)
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpointed(model, {"use_reentrant": False})
         x = inputs_of("llama")["inputs_embeds"]
         logit = model(inputs_embeds=x, use_cache=False).logits[0, -1, 5]
         in_threads(logit.backward)
