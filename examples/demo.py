@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from transformers.utils import logging
+
 import lxt
 
 TEXT = "I have 5 cats and 3 dogs. My cats love to play with my"
@@ -19,6 +21,7 @@ def main(folder: str = "out") -> None:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
 
+    logging.disable_progress_bar()  # the weights are there in a blink
     explainer = lxt.load("tiny")
     attribution = explainer.attribute(TEXT, latents=("residual",))
 

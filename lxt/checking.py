@@ -105,10 +105,12 @@ class CheckReport:
         table = Table(title="check: " + ("passed" if self.ok else "FAILED"), show_header=False, title_justify="left")
         share = f" ({self.total / self.value:.1%})" if self.value else ""
         table.add_row("conservation", f"Σ relevance {self.total:.4g} of {self.value:.4g}{share}")
-        for leak in self.leaks:
+        rounding = 32 * torch.finfo(self.dtype).eps * max(abs(self.value), abs(self.total))
+        shown = [leak for leak in self.leaks if abs(leak.amount) > rounding]
+        for leak in shown:
             where = ", ".join(f"{path or 'the model itself'} {amount:+.3g}" for path, amount in _first(leak.modules, 3))
-            table.add_row(f"  kept by {leak.kind}", Text(f"{leak.amount:+.4g}   most: {where}"))
-        table.add_row("  rest", f"{self.rest:+.2g}")
+            table.add_row(f"  kept by {leak.kind}", Text(f"{leak.amount:+.4g}   most in {where}"))
+        table.add_row("  rest", f"{self.value - self.total - sum(leak.amount for leak in shown):+.2g}")
         same = "unchanged" if self.forward_equal else "CHANGED"
         table.add_row("logits", f"{same} (largest difference {self.forward_difference:.2g})")
         if self.audit_difference is None:
