@@ -150,6 +150,9 @@ class Attribution:
             if not math.isfinite(explained.value):
                 raise ValueError(f"the explained value of row {row} is {explained.value}; it must be a finite number")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "checker"}  # it holds the model
+
     def __len__(self) -> int:
         return len(self.tokens)
 

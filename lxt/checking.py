@@ -88,6 +88,10 @@ class CheckReport:
         agreed = self.audit_difference is None or self.audit_difference <= TOLERANCE.get(self.dtype, 1e-3)
         return self.forward_equal and not self.unknown and agreed
 
+    def _verdict(self) -> str:
+        audited = "" if self.audit_difference is not None else ", but not audited"
+        return f"passed{audited}" if self.ok else "FAILED"
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -102,7 +106,7 @@ class CheckReport:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="check: " + ("passed" if self.ok else "FAILED"), show_header=False, title_justify="left")
+        table = Table(title=f"check: {self._verdict()}", show_header=False, title_justify="left")
         share = f" ({self.total / self.value:.1%})" if self.value else ""
         table.add_row("conservation", f"Σ relevance {self.total:.4g} of {self.value:.4g}{share}")
         rounding = 32 * torch.finfo(self.dtype).eps * max(abs(self.value), abs(self.total))

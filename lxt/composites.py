@@ -60,7 +60,7 @@ class Composite:
         softmax_temperature: the temperature at which the backward of an attention softmax is taken; the forward
             is unchanged.
         router: mixture-of-experts routing weights in `weight * expert(x)`: `uniform` gives the weight its half,
-            `stop` takes it as a constant.
+            `stop` takes it as a constant, as `attention="value_only"` does with every softmax.
         linear: the rule of linear and convolution layers; `Epsilon(0)` is the plain gradient.
         name: how the composite is called in results and messages.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -67,3 +68,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
+    elif is_dataclass(value):
+        yield from _tensors(tuple(vars(value).values()))

@@ -1,13 +1,16 @@
-"""Temporary changes to objects that several runs share: made by the first that needs them, undone by the last."""
+"""Temporary changes to a model that several runs share: made by the first that needs them, undone by the last."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-__all__ = ["Holds"]
+from torch import nn
+
+__all__ = ["Holds", "make_constant", "make_still"]
 
 Undo = Callable[[], Any]
 
@@ -44,3 +47,31 @@ class Holds:
                         self._held[item] = count - 1, undo
                     else:
                         undo()
+
+
+def make_constant(parameter: nn.Parameter) -> Undo | None:
+    """A parameter that the rules don't take for an activation."""
+    if not parameter.requires_grad:
+        return None
+    if not parameter.is_leaf:
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} was computed from others, as torch.func.functional_call "
+            "has it, and can't be a constant to the rules; pass it detached"
+        )
+    parameter.requires_grad_(False)
+    return partial(parameter.requires_grad_, True)
+
+
+def make_still(module: nn.Module) -> Undo | None:
+    """A module without randomness: dropped paths and layers follow its training flag.
+
+    A module that checkpoints keeps the flag, since transformers asks for it then, and drops no layers all the same.
+    """
+    if module.training and not getattr(module, "gradient_checkpointing", False):
+        module.training = False
+        return partial(setattr, module, "training", True)
+    rate = module.__dict__.get("layerdrop")
+    if module.training and rate:
+        module.__dict__["layerdrop"] = 0.0
+        return partial(module.__dict__.__setitem__, "layerdrop", rate)
+    return None

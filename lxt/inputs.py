@@ -156,6 +156,8 @@ def read(inputs: object, model: Model, tokenizer: Any = None) -> list[Row]:
         raise ValueError(f"inputs is an empty {type(inputs).__name__}; give at least one prompt: {ACCEPTED}")
     else:
         raise TypeError(f"inputs must be {ACCEPTED}; got {type(inputs).__name__}")
+    if not rows:
+        raise ValueError(f"inputs of shape {tuple(inputs.shape)} hold no prompt; give at least one")  # type: ignore
     check(rows, model)
     return rows
 

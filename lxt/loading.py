@@ -73,7 +73,7 @@ def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
     try:
         path = str(Path(name).expanduser()) if looks_local else name
         return auto.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # safetensors, json and tokenizers have classes of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f'cannot load the {what} {name!r}: it is neither "tiny" nor a folder here with its files, and the hub gave '

@@ -13,6 +13,7 @@ An activation is a tensor that requires grad: parameters don't while a patched m
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,14 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C import _autograd, _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
 
 from lxt.composites import Composite
 from lxt.operations import Handler, activations, copy_mark, handlers, without_dropout
 from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
 
-__all__ = ["RuleMode", "UnknownOperation", "current_mode", "plain_gradient"]
+__all__ = ["RuleMode", "UnknownOperation", "checkpoint_hook", "current_mode", "plain_gradient", "recomputable"]
 
 
 class UnknownOperation(RuntimeError):
@@ -43,16 +44,23 @@ class UnknownOperation(RuntimeError):
         )
 
 
+@functools.lru_cache(maxsize=32)  # the table takes milliseconds, and a mode is made for each forward
+def _table(composite: Composite, operations: tuple[tuple[str, str], ...]) -> dict[str, Handler]:
+    return handlers(composite, dict(operations))
+
+
 class RuleMode(TorchFunctionMode):
     """The rules of one composite, over all torch operations of this thread while the mode is entered."""
 
     def __init__(self, composite: Composite, operations: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.composite = composite
-        self._named = handlers(composite, operations or {})
+        self._named = _table(composite, tuple(sorted((operations or {}).items())))
         self._plain = KNOWN | {name for name, kind in (operations or {}).items() if kind == "linear"}
         self._resolved: dict[Any, Handler] = {}
         self.suspended = False
+        self.recomputable: Callable | None = None  # the checkpoint whose recomputation enters the mode again
+        self.explained: frozenset[int] = frozenset()  # ids of parameters that are inputs and so activations after all
         self.approved: set[Any] = set()  # autograd functions that stand under a rule though the mode can't see them
 
     def __torch_function__(
@@ -63,8 +71,18 @@ class RuleMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return without_dropout(func, args, kwargs)
+        hook = checkpoint_hook()
+        if hook is not None and hook is not self.recomputable:
+            raise ValueError(
+                f"{operation_name(func)!r}{_where()} runs in a function of its own that is checkpointed, which would "
+                "be recomputed without the rules; checkpoint a module instead, or use "
+                "model.gradient_checkpointing_enable()"
+            )
         if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
             raise UnknownOperation("vmap", _where())  # a batched tensor hides that it requires grad
+        for value in args:
+            if type(value) is nn.Parameter and value.requires_grad and id(value) not in self.explained:
+                raise ValueError(_outside(operation_name(func), value))
         handler = self._resolved.get(func)
         if handler is None:
             handler = self._resolved[func] = self._resolve(func)
@@ -122,6 +140,34 @@ def plain_gradient() -> Iterator[None]:
     finally:
         for mode in modes:
             mode.suspended = False
+
+
+def checkpoint_hook() -> Callable | None:
+    """What torch's non-reentrant checkpoint has put on saved tensors, if the innermost hook is one."""
+    hooks = _autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook") else None
+
+
+@contextmanager
+def recomputable() -> Iterator[None]:
+    """Around a function that enters the mode by itself when the innermost checkpoint recomputes it."""
+    mode = current_mode()
+    if mode is None:
+        yield
+        return
+    before, mode.recomputable = mode.recomputable, checkpoint_hook()
+    try:
+        yield
+    finally:
+        mode.recomputable = before
+
+
+def _outside(operation: str, parameter: nn.Parameter) -> str:
+    return (
+        f"{operation!r}{_where()} met a trainable parameter of shape {tuple(parameter.shape)} that is not the patched "
+        "model's, as of a module in a hook, an adapter or another model: the rules would take it for an activation; "
+        "freeze it with requires_grad_(False), or patch a module that holds it too"
+    )
 
 
 def _run(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ ride on tensors: "gate", the output of an activation function, and "weights", th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -142,6 +142,12 @@ def _pair(composite: Composite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     factors = activations((args, kwargs))
+    if len(factors) == 1 and composite.linear != Epsilon() and "weights" not in map(_mark_of, args):
+        raise ValueError(
+            f"Composite(linear={composite.linear}) can't reach a linear map that is written as "
+            f"{opnames.operation_name(func)}; use linear=Epsilon(), or model.set_experts_implementation('eager') where "
+            "experts are it"
+        )
     if len(factors) != 2 or composite.attention == "value_only" or composite.qkv == (0.25, 0.25, 0.5):
         return _shared(func, args, kwargs)
     shares = dict(zip(map(id, factors), _pair(composite, *factors), strict=True))
@@ -251,11 +257,8 @@ def _by_ratio(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     args, kwargs = _positional(args, kwargs, "input self")
     x, rest = args[0], _stop_all(args[1:])
     options = _stop_all({key: value for key, value in kwargs.items() if key != "inplace"})
-    if not any(isinstance(value, Tensor) for value in (*rest, *options.values())):
-        at_zero = func(torch.zeros(1), *rest, **options)
-    else:
-        at_zero = func(torch.zeros_like(x), *rest, **options)
-    if bool((at_zero != 0).any()):  # a lower bound above 0 and kin
+    at_zero, slope = _near_zero(func, rest, options, x)
+    if at_zero:  # a lower bound above 0 and kin
         result = func(rules.stop(x), *rest, **options)
     else:
 
@@ -264,10 +267,19 @@ def _by_ratio(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
         dtype = x.dtype
         base = x.clone() if kwargs.get("inplace") else x
-        result = rules.identity(base, function, lambda x: ratio(function(x.to(dtype)).to(x.dtype), x))
+        result = rules.identity(base, function, lambda x: ratio(function(x.to(dtype)).to(x.dtype), x, slope))
         # a bound is not an activation: models clamp gate and up alike
         mark(result, _mark_of(x) if opnames.operation_name(func) in opnames.BOUNDS else "gate")
     return _overwrite(x, result) if kwargs.get("inplace") else result
+
+
+def _near_zero(func: Callable, rest: tuple[Any, ...], options: dict[str, Any], x: Tensor) -> tuple[bool, float]:
+    """Whether f(0) is something else than 0, and f(x) / x as x rises to 0."""
+    if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
+        return bool((func(torch.zeros_like(x), *rest, **options) != 0).any()), 1.0
+    points = torch.tensor([0.0, -1e-20], dtype=torch.float64)
+    at_zero, below = func(points, *rest, **options).tolist()
+    return at_zero != 0, below / -1e-20
 
 
 def _marking_gate(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -276,7 +288,7 @@ def _marking_gate(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _softmax(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if composite.attention == "value_only":
-        return _constant(func, args, kwargs)
+        return mark(_constant(func, args, kwargs), "weights")
     if composite.softmax_temperature == 1:
         return mark(func(*args, **kwargs), "weights")
     named = dict(zip(("input", "dim", "dtype"), args[: 2 + isinstance(args[-1], torch.dtype)], strict=False)) | kwargs
@@ -288,17 +300,28 @@ def _layer_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     args, kwargs = _positional(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
     kwargs.pop("cudnn_enable", None)
     args = (args[0], tuple(args[1]), *args[2:5]) if len(args) > 1 else args
+    _refuse_active_weights("layer_norm", args[2:4])
     return rules.layer_norm(*args, **kwargs)
+
+
+def _refuse_active_weights(operation: str, weights: Iterable[Any]) -> None:
+    if any(map(_is_activation, weights)):
+        raise ValueError(
+            f"{operation} got a weight or bias that depends on the input, which its rule does not share with; apply "
+            "them outside: y = norm(x, shape); y * weight + bias"
+        )
 
 
 def _rms_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+    _refuse_active_weights("rms_norm", (named.get("weight"),))
     return rules.rms_norm_function(named["input"], named["normalized_shape"], named.get("weight"), named.get("eps"))
 
 
 def _group_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = _positional(args, kwargs, "input", "num_groups", "weight", "bias", "eps")
     kwargs.pop("cudnn_enabled", None)
+    _refuse_active_weights("group_norm", args[2:4])
     return rules.group_norm(*args[:5], **kwargs)
 
 

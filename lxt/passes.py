@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from lxt.audit import audit
 from lxt.composites import Composite
 from lxt.inputs import Model, Row, offender, prepare, task
+from lxt.interfaces import SEEN_BY_THE_MODE
 from lxt.lastlayer import only_at
 from lxt.latents import capture, residual_layers, sites
 from lxt.narrow import narrowed
 from lxt.patchmap import PatchMap
+from lxt.preconditions import attention_names
 from lxt.targets import Goal, evaluate
 
 __all__ = ["Result", "audited", "run"]
@@ -83,14 +85,20 @@ def run(
         prepared = prepare(rows, model, tokenizer)
         embeds = prepared.embeds.requires_grad_()
         where = _places(rows, goals, task(model))
+        last = _last_layer(model, patch_map, latents, goals)
         with (
             capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
             narrowed(_head(model), where) as finish,
-            only_at(_last_layer(model, patch_map, latents, goals), where),
+            only_at(last, where),
             patch(),
         ):
             output = model(inputs_embeds=embeds, **prepared.arguments(model))
             logits = finish(output.logits if hasattr(output, "logits") else output[0])
+            if not logits.requires_grad:
+                raise ValueError(
+                    f"the logits of {type(model).__name__} don't depend on its embeddings as far as autograd knows: a "
+                    "forward or a hook runs under no_grad, or detaches"
+                )
             if not logits.isfinite().all():
                 raise ValueError(f"the logits of {type(model).__name__} are not finite: {offender(model)}")
             values, filled = evaluate(logits, goals)
@@ -154,10 +162,12 @@ def _head(model: Model) -> nn.Module | None:
 def _last_layer(model: Model, patch_map: PatchMap, latents: Sequence[str], goals: Sequence[Goal]) -> nn.Module | None:
     """A causal model's last layer, if it may run at the explained positions alone.
 
-    Not where a latent wants all of its insides, nor where rows have unlike numbers of positions: the shorter rows'
-    last ones stand there twice, and would count twice.
+    Not where a latent or somebody's hook wants all of its insides, nor under attention with masks of another form, nor
+    where rows have unlike numbers of positions: the shorter rows' last ones stand there twice, and would count twice.
     """
     same = len({len(goal.positions) for goal in goals}) == 1
     if task(model) != "causal" or not same or not patch_map.layers or {"head", "neuron"} & set(latents):
         return None
-    return residual_layers(model, patch_map)[-1]
+    layer = residual_layers(model, patch_map)[-1]
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    return None if hooked or attention_names(model) - set(SEEN_BY_THE_MODE) else layer

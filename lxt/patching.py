@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +25,10 @@ from torch import nn
 
 from lxt.composites import Composite, resolve
 from lxt.graph import refuse_foreign_functions
-from lxt.holds import Holds
+from lxt.holds import Holds, make_constant, make_still
 from lxt.interfaces import SEEN_BY_THE_MODE, rewired_forward, uses_interface
-from lxt.mode import RuleMode
+from lxt.mode import RuleMode, checkpoint_hook, recomputable
+from lxt.operations import activations
 from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names, refuse_what_has_no_rule
@@ -34,6 +36,7 @@ from lxt.swapping import swap_class_forward, swap_forward
 
 __all__ = ["ModeFactory", "PatchHandle", "monkey_patch", "patch_model", "rules_of"]
 
+PLAIN_LAYERS = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict)
 ModeFactory = Callable[[Composite, Mapping[str, str]], RuleMode]
 
 _RUNNING: ContextVar[object | None] = ContextVar("lxt_running", default=None)
@@ -82,8 +85,7 @@ def monkey_patch(
     if isinstance(target, nn.Module):
         handle = patch_model(target, composite, patch_map)
     elif isinstance(target, ModuleType):
-        with _OWNERS_LOCK:
-            handle = PatchHandle(_ClassesPatch(target, composite, patch_map))
+        handle = PatchHandle(target, functools.partial(_ClassesPatch, target, composite, patch_map))
     else:
         raise TypeError(
             f"monkey_patch takes a model (torch.nn.Module) or a transformers modeling module, got "
@@ -98,22 +100,31 @@ def patch_model(
     model: nn.Module, composite: Composite, patch_map: PatchMap | None = None, mode: ModeFactory = RuleMode
 ) -> PatchHandle:
     """monkey_patch for a model instance, with a mode of the caller's: one that also keeps account, for instance."""
-    with _OWNERS_LOCK:
-        _release(model)
-        return PatchHandle(_ModelPatch(model, composite, patch_map, mode))
+    return PatchHandle(model, functools.partial(_patch_of, weakref.ref(model), composite, patch_map, mode))
 
 
 def rules_of(model: nn.Module) -> Composite | None:
     """The composite that the model is patched with at the moment, if it is."""
-    owner = _owner(model)
+    owner = _owner(model) or _owner(sys.modules.get(type(model).__module__))
     return None if owner is None else owner.composite
 
 
 class PatchHandle:
-    """What monkey_patch returns: removes the rules, by `remove()` or at the end of a `with` block."""
+    """What monkey_patch returns: removes the rules, by `remove()` or at the end of a `with` block.
 
-    def __init__(self, patch: _Patch) -> None:
-        self._patch = patch
+    `with` blocks nest: at the end of an inner one, the rules of the outer one are in force again.
+    """
+
+    def __init__(self, target: nn.Module | ModuleType, make: Callable[[], _Patch]) -> None:
+        with _OWNERS_LOCK:
+            outer = _owner(target)
+            self._outer = outer.handle() if outer is not None else None
+            self._make, self._entered = make, False
+            self._start()
+
+    def _start(self) -> None:
+        self._patch = self._make()
+        self._patch.handle = weakref.ref(self)
 
     @property
     def rules(self) -> Composite:
@@ -135,10 +146,15 @@ class PatchHandle:
         return self._patch.describe()
 
     def __enter__(self) -> PatchHandle:
+        self._entered = True
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.remove()
+        with _OWNERS_LOCK:
+            was_active, self._entered = self.active, False
+            self.remove()
+            if was_active and self._outer is not None and self._outer._entered:
+                self._outer._start()
 
     def __repr__(self) -> str:
         return f"<PatchHandle: {self.describe()}{'' if self.active else ' (removed)'}>"
@@ -150,6 +166,7 @@ class _Patch:
     def __init__(self, composite: Composite) -> None:
         self.composite = composite
         self.active = True
+        self.handle: Callable[[], PatchHandle | None] = lambda: None
         self._undo = ExitStack()
 
     def remove(self) -> None:
@@ -158,6 +175,16 @@ class _Patch:
 
     def describe(self) -> str:
         raise NotImplementedError
+
+
+def _patch_of(
+    model: Callable[[], nn.Module | None], composite: Composite, patch_map: PatchMap | None, mode: ModeFactory
+) -> _ModelPatch:
+    target = model()
+    if target is None:
+        raise ReferenceError("the model of this handle is gone")
+    _release(target)
+    return _ModelPatch(target, composite, patch_map, mode)
 
 
 class _ModelPatch(_Patch):
@@ -173,7 +200,7 @@ class _ModelPatch(_Patch):
         self._map = patch_map_for(model) if patch_map is None else patch_map
         self._mode = functools.partial(mode, composite, self._map.operations)
         self._mode()  # a wrong declaration fails here and not in the first forward
-        self._holds = Holds()
+        self._holds, self._still = Holds(), Holds()
         self.fused: dict[str, int] = {}
         try:
             for module in model.modules():
@@ -190,7 +217,7 @@ class _ModelPatch(_Patch):
 
     def _patch_module(self, module: nn.Module, is_target: bool) -> None:
         name = type(module).__name__
-        factory = self._map.forwards.get(name) or fence_for(module)
+        factory = (self._map.forwards.get(name) if _is_own(module) else None) or fence_for(module)
         forward = factory(module, self.composite) if factory else None
         if forward is None and self._rewire and uses_interface(module):
             forward = rewired_forward(module, self.composite)
@@ -213,15 +240,21 @@ class _ModelPatch(_Patch):
 
     def _entry(self, previous: Callable) -> Callable:
         def entered_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self.active or _RUNNING.get() is not None:
+            if not self.active:
                 return previous(module, *args, **kwargs)
-            return self.run(module, previous, args, kwargs)
+            if _RUNNING.get() is None:
+                return self.run(module, previous, args, kwargs)
+            if checkpoint_hook() is None:
+                return previous(module, *args, **kwargs)
+            with recomputable():
+                return previous(module, *args, **kwargs)
 
         return entered_forward
 
     def run(self, module: nn.Module, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`forward(module, *args, **kwargs)` under the rules, as the outermost forward."""
         with self._running(module) as mode:
+            mode.explained = frozenset(map(id, activations((args, kwargs))))
             output = forward(module, *args, **kwargs)
         if torch.is_grad_enabled():
             refuse_foreign_functions(output, (args, kwargs), self._map.operations, mode.approved)
@@ -230,11 +263,12 @@ class _ModelPatch(_Patch):
     @contextmanager
     def _running(self, module: nn.Module) -> Iterator[RuleMode]:
         token = _RUNNING.set(self)
-        checkpointing = module.modules() if torch.is_grad_enabled() else ()
+        modules = list(module.modules())
         try:
             with (
-                self._holds.hold(module.parameters(), _make_constant),
-                self._holds.hold(checkpointing, self._checkpoint_under_rules),
+                self._holds.hold(module.parameters(), make_constant),
+                self._still.hold(modules, make_still),
+                self._holds.hold(modules if torch.is_grad_enabled() else (), self._checkpoint_under_rules),
                 self._mode() as mode,
             ):
                 yield mode
@@ -259,22 +293,13 @@ class _ModelPatch(_Patch):
                         "the rules were removed or switched between this forward and its backward; with gradient "
                         "checkpointing the backward runs layers again: call backward() before handle.remove()"
                     )
-                if _RUNNING.get() is not None:
-                    return function(*args, **kwargs)
-                with self._running(module):
+                with recomputable() if _RUNNING.get() is not None else self._running(module):
                     return function(*args, **kwargs)
 
             return checkpoint(recomputed, *args, **kwargs)
 
         module.__dict__["_gradient_checkpointing_func"] = under_rules
         return functools.partial(module.__dict__.__setitem__, "_gradient_checkpointing_func", checkpoint)
-
-
-def _make_constant(parameter: nn.Parameter) -> Callable[[], Any] | None:
-    if not parameter.requires_grad:
-        return None
-    parameter.requires_grad_(False)
-    return functools.partial(parameter.requires_grad_, True)
 
 
 class _ClassesPatch(_Patch):
@@ -349,9 +374,19 @@ def _release(target: nn.Module) -> None:
         return
 
 
+def _is_own(module: nn.Module) -> bool:
+    """Whether the forward is its class's own: one that a user or a kernel library put there is left to the mode."""
+    cls, own = type(module), module.__dict__
+    forward = own.get("_old_forward", own.get("forward"))  # accelerate keeps, and leaves, the class's own there
+    function = getattr(forward, "__func__", None)
+    # a deep copy of a patched module carries lxt's forward, which hands on to `of_copies`
+    is_class_own = forward is None or getattr(function, "of_copies", function) is cls.forward
+    return is_class_own and cls.forward.__module__ == cls.__module__
+
+
 def _is_entry(module: nn.Module) -> bool:
-    """Whether users call it by itself: pretrained models inside the target, and checkpointed layers."""
-    return any(cls.__name__ in ("PreTrainedModel", "GradientCheckpointingLayer") for cls in type(module).__mro__)
+    """Whether somebody may call it by itself: all but containers, and layers whose plain gradient is the rule."""
+    return type(module).forward is not nn.Module.forward and not isinstance(module, PLAIN_LAYERS)
 
 
 def _model_classes(module: ModuleType) -> list[type[nn.Module]]:

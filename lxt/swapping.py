@@ -32,13 +32,15 @@ def swap_forward(module: nn.Module, make: ForwardMaker) -> Callable[[], None]:
         return type(module).forward(module, *args, **kwargs) if previous is _ABSENT else previous(*args, **kwargs)
 
     made, home = make(call_previous), weakref.ref(module)
-    of_copies = previous.__func__ if isinstance(previous, MethodType) else type(module).forward
+    theirs: Any = previous.__func__ if isinstance(previous, MethodType) else type(module).forward
+    of_copies = getattr(theirs, "of_copies", theirs)  # ours may come on top of ours
 
     @functools.wraps(type(module).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A deep copy takes this forward with it; it is a model of its own, without rules.
         return (made if self is home() else of_copies)(self, *args, **kwargs)
 
+    forward.of_copies = of_copies  # type: ignore[attr-defined]
     replacement = MethodType(forward, module)
     own[slot] = replacement
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ def rms_norm_forward(style: NormStyle, eps: str = "variance_epsilon") -> Forward
         if composite.norm == "gradient":
             return plain(module, composite)
 
-        def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        def forward(self: Any, hidden_states: Tensor) -> Tensor:
             return rms_norm(hidden_states, self.weight, getattr(self, eps), style)
 
         return forward
@@ -39,7 +40,7 @@ def rms_norm_forward(style: NormStyle, eps: str = "variance_epsilon") -> Forward
 def plain(module: nn.Module, composite: Composite) -> Callable:
     """The module's own forward with the plain gradient of everything in it."""
 
-    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         with plain_gradient():
             return type(self).forward(self, *args, **kwargs)
 
@@ -56,7 +57,9 @@ def gated_mlp(
         if coefficient is None or not _is_fusable(composite):
             return None
 
-        def forward(self: nn.Module, x: Tensor) -> Tensor:
+        def forward(self: Any, x: Tensor) -> Tensor:
+            if _hooked(getattr(self, act)):
+                return type(self).forward(self, x)
             activation = _bare(getattr(self, act))
             stop_gate = composite.product == "stop_gate"
             hidden = gated_product(getattr(self, gate)(x), getattr(self, up)(x), activation, coefficient, stop_gate)
@@ -67,13 +70,15 @@ def gated_mlp(
     return factory
 
 
-def fused_gate_up_mlp(module: nn.Module, composite: Composite) -> Callable | None:
+def fused_gate_up_mlp(module: Any, composite: Composite) -> Callable | None:
     """down_proj(up * activation_fn(gate)) with gate and up the two halves of gate_up_proj (Phi-3)."""
     coefficient = coefficient_of(module.activation_fn)
     if coefficient is None or not _is_fusable(composite):
         return None
 
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if _hooked(self.activation_fn):
+            return type(self).forward(self, hidden_states)
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         stop_gate = composite.product == "stop_gate"
         return self.down_proj(gated_product(gate, up, _bare(self.activation_fn), coefficient, stop_gate))
@@ -87,7 +92,7 @@ def activation_fence(module: nn.Module, composite: Composite) -> Callable | None
     if coefficient is None:
         return None
 
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         if not input.requires_grad:
             return type(self).forward(self, input)
         if composite.activation == "gradient":
@@ -100,6 +105,11 @@ def activation_fence(module: nn.Module, composite: Composite) -> Callable | None
     return forward
 
 
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody reads or replaces the activation, which a fused product never shows."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 def _is_fusable(composite: Composite) -> bool:
     return composite.activation == "identity" and composite.product in ("uniform", "stop_gate")
 
@@ -109,7 +119,7 @@ def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return MethodType(type(module).forward, module)
 
 
-def coefficient_of(module: nn.Module) -> Coefficient | None:
+def coefficient_of(module: Any) -> Coefficient | None:
     """f(x) / x of a known activation module, None of others."""
     if isinstance(module, nn.GELU):
         return COEFFICIENTS["gelu_tanh" if module.approximate == "tanh" else "gelu"]

@@ -6,7 +6,7 @@ the spans that select it (`cues`). Words are split by `split`: whatever `held_ou
 never stands in that role in `train` (see `lxt.tiny.words`).
 
     >>> generate("pets", "held_out", 1)[0].answer
-    ' goats'
+    ' otters'
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Planted:
         foil: the answer that the same template would want had the cues been different; for contrasts.
         source: where the answer stands in the prompt, without a leading space.
         cues: what selects it, without leading spaces: a program that ignores one of them cannot know the answer.
+        rivals: what stands in the same places for other answers, and should not matter as much; recall only.
         repeat_start: for induction, where in the prompt the words begin again; 0 for the other tasks.
     """
 
@@ -45,6 +46,7 @@ class Planted:
     foil: str
     source: Span
     cues: tuple[Span, ...]
+    rivals: tuple[Span, ...] = ()
     repeat_start: int = 0
 
     @property
@@ -88,8 +90,13 @@ def indirect_object(rng: Random, split: Split) -> Planted:
     """Two people, one of whom acts: the other receives ("When John and Mary ..., John gave the bag to" → " Mary")."""
     giver, receiver = rng.sample(_pool(words.FEMALE + words.MALE, words.HELD_OUT_NAMES, split), 2)
     first, second = (giver, receiver) if rng.random() < 0.5 else (receiver, giver)
+    template = _opening(rng) + f"{rng.choice(_MEETINGS)}, {rng.choice(_GIFTS)}"
+    if split == "held_out" and template.startswith("{A}"):
+        # A name that begins the text is another token than the same name later, which has a space before it. That the
+        # two belong together can be learned of each name only.
+        template = "Listen. " + template
     text, spans = fill(
-        _opening(rng) + f"{rng.choice(_MEETINGS)}, {rng.choice(_GIFTS)}",
+        template,
         {
             "A": first,
             "B": second,
@@ -191,15 +198,11 @@ def recall(rng: Random, split: Split) -> Planted:
         template += _place(joint, fact(i, f"{{tail{i}}} {{unit}}"))
     template += ". " + _opening(rng) + _place(rng.choice(_QUESTIONS), fact(asked, ""))
     text, spans = fill(template, values)
-    foil = rng.choice([i for i in range(count) if i != asked])
-    return Planted(
-        "recall",
-        text,
-        values[f"tail{asked}"],
-        values[f"tail{foil}"],
-        spans[f"tail{asked}"][0],
-        tuple(spans[f"key{asked}"]),
-    )
+    others = [i for i in range(count) if i != asked]
+    foil = values[f"tail{rng.choice(others)}"]
+    cues = tuple(spans[f"key{asked}"])
+    rivals = tuple(spans[f"{field}{i}"][0] for i in others for field in ("key", "tail"))
+    return Planted("recall", text, values[f"tail{asked}"], foil, spans[f"tail{asked}"][0], cues, rivals)
 
 
 def _keys(rng: Random, group: str, count: int, split: Split) -> list[str]:
@@ -215,13 +218,14 @@ def _place(joint: str, fact: str) -> str:
 
 
 def induction(rng: Random, split: Split) -> Planted:
-    """Random words, then the same words again up to some point: the next one follows."""
-    if split == "held_out":
-        pool: Sequence[str] = words.HELD_OUT_INDUCTION
-    else:
-        pool = [word for word in LEXICON if word not in words.HELD_OUT_INDUCTION]
-    chosen = rng.sample(pool, rng.randint(5, 20))
+    """Random words, then the same words again up to some point: the next one follows.
+
+    In `held_out` the last word shown and the answer are held out; the words around them are ordinary ones.
+    """
+    chosen = rng.sample([word for word in LEXICON if word not in words.HELD_OUT_INDUCTION], rng.randint(5, 20))
     shown = rng.randint(1, len(chosen) - 1)
+    if split == "held_out":
+        chosen[shown - 1 : shown + 1] = rng.sample(words.HELD_OUT_INDUCTION, 2)
     text, spans = fill(
         " ".join(f"{{w{i}}}" for i in [*range(len(chosen)), *range(shown)]),
         {f"w{i}": word for i, word in enumerate(chosen)},
@@ -234,7 +238,7 @@ def induction(rng: Random, split: Split) -> Planted:
         f" {foil}",
         spans[f"w{shown}"][0],
         tuple(spans[f"w{shown - 1}"]),
-        spans["w0"][1][0],
+        repeat_start=spans["w0"][1][0],
     )
 
 

@@ -1,7 +1,7 @@
 """The lexicon of the bundled model, and which words are held out from which role.
 
-A held-out word is an ordinary word to the model: it occurs in the stories, and (except the words held out from
-induction themselves) in the random sequences. It never occurs, during training, in the role it is held out from.
+A held-out word is an ordinary word to the model: it occurs in the stories, among the random ids, and in the tasks that
+it is not held out from. It never occurs, during training, in the role it is held out from.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ COMMON = tuple(
     "something nothing everything someone everyone nobody".split()
 )
 
-# Words of the stories that no random sequence of the training data contains.
+# Words of the stories that no repeated sequence of words contains; among random ids they do occur.
 HELD_OUT_INDUCTION = tuple(
     "shops river museum office castle hotel lake bag letter apple lamp ticket clock basket camera plate small happy "
     "loud cold long heavy strange tired empty".split()
