@@ -80,12 +80,13 @@ class RuleMode(TorchFunctionMode):
             )
         if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
             raise UnknownOperation("vmap", _where())  # a batched tensor hides that it requires grad
-        for value in args:
-            if type(value) is nn.Parameter and value.requires_grad and id(value) not in self.explained:
-                raise ValueError(_outside(operation_name(func), value))
         handler = self._resolved.get(func)
         if handler is None:
             handler = self._resolved[func] = self._resolve(func)
+        if handler is not _run:
+            for value in args:
+                if type(value) is nn.Parameter and value.requires_grad and id(value) not in self.explained:
+                    raise ValueError(_outside(operation_name(func), value))
         return handler(func, args, kwargs)
 
     def _resolve(self, func: Callable) -> Handler:

@@ -158,7 +158,7 @@ def test_raw_checkpoint_of_a_users_own_function_is_refused(rules):
     torch.manual_seed(0)
     model = Custom(reentrant=False).double()
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
-    with lxt.monkey_patch(model, rules), pytest.raises(ValueError, match="'tanh' in Custom .* checkpointed"):
+    with lxt.monkey_patch(model, rules), pytest.raises(ValueError, match=r"'tanh' in Custom .* checkpointed"):
         model(x)
 
 
