@@ -26,7 +26,7 @@ from lxt.attribution import Attribution, Explained, Prediction
 from lxt.composites import Composite, resolve
 from lxt.inputs import Row, batches, check, read, task
 from lxt.latents import names
-from lxt.loading import dtype_of, model_of, tokenizer_of
+from lxt.loading import device_of, dtype_of, model_of, tokenizer_of
 from lxt.passes import Result, audited, run
 from lxt.patches import patch_map_for
 from lxt.patching import monkey_patch, rules_of
@@ -138,9 +138,11 @@ class Attributor:
         )
         check(rows, self.model, " with its target")
         request = Request(rows, goals, batches(rows, self.model, batch_size), wanted)
-        # Only the first position's logits are needed from here on; those of a whole batch would fill the memory.
-        results = [replace(result, logits=result.logits[:, :1].clone()) for result in self.results(request)]
-        return self._attribution(request, results).with_checker(
+        results, predictions = [], []
+        for result in self.results(request):
+            predictions += [self._prediction(logits[0]) for logits in result.logits]
+            results.append(replace(result, logits=result.logits[:0]))  # those of all prompts would fill the memory
+        return self._attribution(request, results, predictions).with_checker(
             partial(self._check, request, [result.relevance for result in results])
         )
 
@@ -187,7 +189,9 @@ class Attributor:
 
         return report(self, request, relevance)
 
-    def _attribution(self, request: Request, results: Sequence[Result]) -> Attribution:
+    def _attribution(
+        self, request: Request, results: Sequence[Result], predictions: Sequence[Prediction]
+    ) -> Attribution:
         """The batches' results as one, in the order in which the prompts were given."""
         order = torch.tensor([i for group in request.groups for i in group]).argsort()
         width = max(result.mask.shape[1] for result in results)
@@ -207,7 +211,6 @@ class Attributor:
                 strict=True,
             )
         ]
-        predictions = [self._prediction(logits[0]) for result in results for logits in result.logits]
         ids = [result.token_ids for result in results if result.token_ids is not None]
         return Attribution(
             tokens=[tokens[i] for i in order.tolist()],
@@ -307,10 +310,11 @@ def load(
     """
     composite = resolve(rules)
     kind = dtype_of(dtype)
+    place = device_of(device)
     if isinstance(name_or_model, nn.Module):
         model = name_or_model
         if device is not None or kind is not None:
-            model = model.to(device=device, dtype=kind)
+            model = model.to(device=place if device is not None else None, dtype=kind)
         return Attributor(
             model, tokenizer_of(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer, composite
         )
@@ -322,9 +326,8 @@ def load(
 
         name = str(tiny.path())
     model = model_of(name, kind).eval()
-    device = device or ("cuda" if torch.cuda.is_available() else None)
-    if device is not None:
-        model = model.to(device)
+    if place is not None:
+        model = model.to(place)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = tokenizer_of(name if tokenizer is None else tokenizer)
     attributor = Attributor(model, tokenizer, composite)

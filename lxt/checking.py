@@ -144,30 +144,33 @@ def check(attributor: Attributor, request: Request, relevance: Sequence[Tensor])
     model, rules = attributor.model, attributor.rules
     if rules_of(model) is not None:
         raise ValueError("check() runs the model without rules, but it is patched: remove the handle first")
-    patched = list(attributor.results(request))
-    bare = list(attributor.results(request, nullcontext))
+    value, difference, scale = 0.0, 0.0, 0.0
+    for patched, bare in zip(attributor.results(request), attributor.results(request, nullcontext), strict=True):
+        value += float(patched.values.double().sum())
+        difference = max(difference, float((patched.logits - bare.logits).abs().max()))
+        scale = max(scale, float(bare.logits.abs().max()))
 
     ledger = Ledger.of(model)
     patch_map = attributor.patch_map if attributor.patch_map is not None else patch_map_for(model)
     in_the_open = replace(patch_map, forwards={}, rules=None)  # fused forwards hide operations from the ledger
     unknown: tuple[str, ...] = ()
     try:
-        list(attributor.results(request, partial(patch_model, model, rules, in_the_open, ledger.mode)))
+        for _ in attributor.results(request, partial(patch_model, model, rules, in_the_open, ledger.mode)):
+            pass
     except UnknownOperation as error:
         unknown = (error.operation,)
 
-    value = float(sum(result.values.double().sum() for result in patched))
     total = float(sum(part.double().sum() for part in relevance))
     leaks = _leaks(ledger)
-    difference, note = _audit(attributor, request, relevance)
+    distance, note = _audit(attributor, request, relevance)
     return CheckReport(
         value=value,
         total=total,
         leaks=leaks,
         rest=value - total - sum(leak.amount for leak in leaks),
-        forward_difference=max(float((a.logits - b.logits).abs().max()) for a, b in zip(patched, bare, strict=True)),
-        forward_scale=max(float(result.logits.abs().max()) for result in bare),
-        audit_difference=difference,
+        forward_difference=difference,
+        forward_scale=scale,
+        audit_difference=distance,
         audit_note=note,
         unknown=unknown,
         dtype=next(model.parameters()).dtype,

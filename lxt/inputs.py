@@ -115,9 +115,14 @@ def task(model: Model) -> str:
             f"{type(model).__name__} takes no inputs_embeds, which attribute() starts from; use "
             "lxt.monkey_patch(model) and a backward of your own"
         )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"{type(model).__name__} reads token ids in every layer, so explaining its embeddings would explain "
+            "another forward; use lxt.monkey_patch(model) and a backward of your own"
+        )
     for cls in type(model).__mro__:
         for suffix, kind in suffixes.items():
-            if cls.__name__.endswith(suffix) and kind:
+            if cls.__name__.endswith(suffix) and kind and not (kind == "sequence" and model.config.is_encoder_decoder):
                 return kind
             if cls.__name__.endswith(suffix):
                 _no_head(model)
@@ -154,10 +159,12 @@ def read(inputs: object, model: Model, tokenizer: Any = None) -> list[Row]:
             rows = [_row(item, model, tokenizer) for item in inputs]
     elif isinstance(inputs, (list, tuple)):
         raise ValueError(f"inputs is an empty {type(inputs).__name__}; give at least one prompt: {ACCEPTED}")
+    elif isinstance(inputs, Mapping) and "input_ids" in inputs:
+        raise TypeError(f"inputs is a {type(inputs).__name__} of a tokenizer; give its ids: inputs['input_ids']")
     else:
         raise TypeError(f"inputs must be {ACCEPTED}; got {type(inputs).__name__}")
     if not rows:
-        raise ValueError(f"inputs of shape {tuple(inputs.shape)} hold no prompt; give at least one")  # type: ignore
+        raise ValueError("inputs hold no prompt: their first dimension is 0; give at least one")
     check(rows, model)
     return rows
 
@@ -184,9 +191,14 @@ def _text(text: str, tokenizer: Any) -> Row:
         raise ValueError("the text is empty; give at least one character to explain")
     _need(tokenizer, "text")
     try:
-        ids = tokenizer(text)["input_ids"]
-    except (UnicodeError, TypeError) as error:
-        raise ValueError(f"the tokenizer cannot read the text ({error}); is it valid Unicode?") from error
+        text.encode()
+    except UnicodeEncodeError as error:
+        broken = text[error.start]
+        raise ValueError(
+            f"the text isn't valid Unicode: character {error.start} is the lone surrogate {broken!r}; decode its bytes "
+            "again, or leave it out"
+        ) from None
+    ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens in this tokenizer; give text that it can represent")
     return _ids(ids)
@@ -270,6 +282,11 @@ def _check_row(row: Row, model: Model, name: str, shape: torch.Size, limit: int 
     if row.embeds is not None and not row.embeds.isfinite().all():
         first = int((~row.embeds.isfinite()).any(-1).nonzero()[0])
         raise ValueError(f"{name} has NaN or inf in its embeddings, first at token {first}; give finite numbers")
+    if row.ids and task(model) == "sequence" and row.ids[-1] == model.config.get_text_config().pad_token_id:
+        raise ValueError(
+            f"{name} ends in the padding token {row.ids[-1]}: {type(model).__name__} looks for the last token that "
+            "isn't one, and would read another position; leave it off"
+        )
     if limit is not None and len(row) > limit:
         raise ValueError(
             f"{name} has {len(row)} tokens, and the context of {type(model).__name__} is {limit}; shorten it, or "
@@ -289,7 +306,7 @@ def context(model: Model) -> int | None:
 
 def batches(rows: Sequence[Row], model: Model, batch_size: int | None = None) -> list[list[int]]:
     """Which rows run together: lists of row indices, at most `batch_size` long."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size must be a whole number >= 1 or None, got {batch_size!r}")
     limit = batch_size or len(rows)
     if task(model) == "sequence" and model.config.get_text_config().pad_token_id is None:

@@ -7,7 +7,7 @@ its place in the graph, and under checkpointing none lives longer than its layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -107,8 +107,11 @@ def names(latents: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         ValueError: there is no such latent.
+        TypeError: not names.
     """
-    wanted = (latents,) if isinstance(latents, str) else tuple(dict.fromkeys(latents or ()))
+    if not isinstance(latents, (str, Iterable)):
+        raise TypeError(f"latents must be names out of {', '.join(LATENTS)}, got {type(latents).__name__}")
+    wanted = (latents,) if isinstance(latents, str) else tuple(dict.fromkeys(latents))
     for name in wanted:
         if name not in LATENTS:
             near = get_close_matches(str(name), LATENTS, n=1, cutoff=0.4)

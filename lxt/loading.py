@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["dtype_of", "model_of", "tokenizer_of"]
+__all__ = ["device_of", "dtype_of", "model_of", "tokenizer_of"]
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -22,6 +22,23 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"unknown dtype {dtype!r}; allowed: float32, bfloat16, float16, float64, or a torch.dtype")
     return found
+
+
+def device_of(device: str | torch.device | None) -> torch.device | None:
+    """The device of that name, None for a GPU if there is one and else where the model is.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"there is no device {str(device)!r} here ({reason}); use 'cpu', or leave device out"
+        ) from None
 
 
 def model_of(name: str, dtype: torch.dtype | None) -> Any:

@@ -105,6 +105,11 @@ def _one_each(target: object, contrast: object, count: int) -> list[Target]:
                 f"a list of targets needs one per prompt: {len(target)} targets for {count}; for a sequence of ids "
                 "use lxt.Target([...])"
             )
+        if isinstance(contrast, (list, tuple)) and len(contrast) > 1:
+            raise ValueError(
+                "a list of targets with a list of contrasts can be read in two ways; give each prompt its own as "
+                "[lxt.Target(token, contrast=foil), ...]"
+            )
         return [_target(one, contrast) for one in target]
     return [_target(target, contrast)] * count
 
@@ -157,7 +162,12 @@ class _Resolver:
                     "a position is not supported for encoder-decoders: give the target as the string (or ids) that the "
                     "decoder is to continue with"
                 )
-            start = self.model.config.decoder_start_token_id
+            start = getattr(self.model.config, "decoder_start_token_id", None)
+            if start is None:
+                raise ValueError(
+                    f"the configuration of {type(self.model).__name__} has no decoder_start_token_id, which its "
+                    "decoder begins with; set model.config.decoder_start_token_id"
+                )
             row = replace(row, decoder=(start, *ids[:-1]))
             return row, replace(goal, positions=tuple(range(max(len(ids), 1))))
         first = self.position(target, row)

@@ -266,7 +266,7 @@ def test_context_of_each_family(model):
         (torch.zeros(1, 2, 15), r"embeddings of shape \(2, 15\), and LlamaForCausalLM takes \[token, 16\]"),
         (torch.tensor([[0.0] * 16, [float("nan")] * 16]), "NaN or inf in its embeddings, first at token 1"),
         ([{"role": "user"}], "needs 'role' and 'content'"),
-        ("\ud83d", "the tokenizer cannot read the text"),
+        ("\ud83d", "character 0 is the lone surrogate"),
     ],
 )
 def test_bad_input_is_named(model, tokenizer, given, message):
@@ -274,7 +274,7 @@ def test_bad_input_is_named(model, tokenizer, given, message):
         read(given, model, tokenizer)
 
 
-@pytest.mark.parametrize("given", [3, None, {"input_ids": [3]}, [3.0], [3, "a"], [True], torch.ones(3).bool()])
+@pytest.mark.parametrize("given", [3, None, {"ids": [3]}, [3.0], [3, "a"], [True], torch.ones(3).bool()])
 def test_other_kinds_of_input_are_refused_with_what_is_allowed(model, tokenizer, given):
     with pytest.raises(TypeError, match="a list of strings, chat messages"):
         read(given, model, tokenizer)
