@@ -6,7 +6,8 @@
 1. Generate text with `lxt.tiny.planted` and train a byte-level BPE tokenizer on it.
 2. Train on repeats of a few random ids until the model copies, then on steps that mix all tasks: indirect objects,
    pets, recall, induction (of words, and of random ids) and stories. The answers weigh most in the loss; the other
-   tokens of the text weigh a little, so that it stays a language model.
+   tokens of the text weigh a little, so that it stays a language model. A second stage, a third of the steps, puts
+   random ids for most names, animals, keys and numbers, so that words outside the training lists work as well.
 3. Measure every task on held-out words, and write the folder.
 
 The same arguments give the same weights on the same kind of machine and version of torch.
@@ -40,6 +41,7 @@ from transformers import (
 )
 
 from lxt.tiny import evaluation, planted, stories, words
+from lxt.tiny.planted import Planted
 
 CONTEXT = 256
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -60,12 +62,16 @@ PIECES = "|".join(
 # How many sequences of each kind a step sees; each line is one padded forward.
 PAIRS = {"pairs": 64}
 SHORT = {"indirect_object": 14, "pets": 14, "drill": 14}
-LONG = {"recall": 18, "induction": 2, "ids": 6, "story": 4}
+LONG = {"recall": 18, "induction": 4, "ids": 4, "story": 4}
+# The second stage, for what is known by then but not yet of every word; recall is the hardest.
+SHORT_LATER = {"indirect_object": 10, "pets": 10}
+LONG_LATER = {"recall": 28, "induction": 4, "ids": 4, "story": 4}
 # Copying is found soon on repeats of 2 to 6 ids and hardly at all on long ones: so it comes first, alone, and grows.
 PAIRS_ONLY, PAIRS_GROW, PAIRS_END = 0.08, 0.04, 24  # shares of the steps, and the longest repeat
 # In this share of the prompts random ids stand for the names, animals, numbers and keys. With the same few dozen words
 # in every prompt a model learns the list of answers beside the way to them, and fails on words outside the list.
-STRANGERS = 0.8
+STRANGERS, STRANGERS_LATER = 0.5, 0.8
+FIRST_PEAK, SECOND_PEAK = 3e-3, 1.5e-3  # learning rates of the two stages
 ANSWER, DRILL, REPEATED, STORY, PROMPT = 1.0, 0.5, 0.2, 0.1, 0.03  # the weights of tokens in the loss
 
 
@@ -163,60 +169,40 @@ def begin_with_copying(model: LlamaForCausalLM) -> None:
     """Let training begin near an induction circuit (Olsson et al. 2022): the rest of it, and its use, are learned.
 
     Llama is slow to find one: it has no biases and its embeddings begin around zero, so no query or key is constant.
-    The embeddings therefore get a common offset, from which heads make queries and keys of position only.
-    1. Layer 0: one head looks at the token before, one a few tokens back. Each moves 32 directions of what it sees
-       to 32 others.
-    2. Layer 1: one head compares its own token with the tokens before others, so that it looks at what followed this
-       token earlier; one compares what stood a few tokens back, and avoids its neighbours, which would always match.
-    Comparisons are in the slow rotary dimensions, where distance hardly counts. Nothing is frozen.
+    1. The embeddings get a common offset. Head 0 of layer 0 turns it into a query and a key whose rotary phases agree
+       at distance one, so that it looks at the token before, and moves 32 directions of that token to 32 others.
+    2. Head 0 of layer 1 compares 16 of those with the same directions of its own token: it looks at what followed the
+       earlier occurrences of the present token. They lie in the slow rotary dimensions, where distance hardly counts.
+    Nothing is frozen.
     """
     layers: list[Any] = list(model.model.layers)
     first, second = layers[0].self_attn, layers[1].self_attn
     embedding: torch.Tensor = model.model.embed_tokens.weight
+    size, half, scale = first.head_dim, first.head_dim // 2, math.sqrt(first.head_dim)
     for layer in layers:  # quiet at first, so that what is written below can be heard
         layer.self_attn.o_proj.weight *= 0.15
         layer.mlp.down_proj.weight *= 0.15
     offset = torch.randn(embedding.shape[1])
     embedding += model.config.initializer_range * offset
-    size = first.head_dim
-    # Orthogonal: the offset, what is read of other tokens, and the two places where it is written.
-    basis = torch.linalg.qr(torch.cat([offset[:, None], torch.randn(len(offset), 3 * size)], 1)).Q.T
-    offset, read, before, back = offset / offset.norm(), *basis[1:].split(size)
-    rates = model.model.rotary_emb.inv_freq
-    slow = [*range(size // 4, size // 2), *range(size * 3 // 4, size)]
+    direction = offset / offset.norm()
+    # Orthogonal to the offset and to each other: of the token before (read), where it is put (written).
+    basis = torch.linalg.qr(torch.cat([direction[:, None], torch.randn(len(offset), 2 * size)], 1)).Q
+    read, written = basis[:, 1 : size + 1].T, basis[:, size + 1 :].T
 
-    def look(attention: Any, group: int, pairs: range, distance: int, score: float) -> None:
-        """The group's first head scores positions by the offset alone, `score` at `distance` and less elsewhere."""
-        query, key = torch.zeros(size), torch.zeros(size)
-        for pair in pairs:
-            key[pair] = 1.0
-            query[pair], query[pair + size // 2] = (rates[pair] * distance).cos(), -(rates[pair] * distance).sin()
-        # After the norm the offset is about 8 long.
-        strength = math.sqrt(abs(score) * math.sqrt(size) / max(1, len(pairs))) / 8
-        head = group * attention.num_key_value_groups
-        attention.q_proj.weight[head * size : (head + 1) * size] = (
-            math.copysign(strength, score) * query[:, None] * offset
-        )
-        attention.k_proj.weight[group * size : (group + 1) * size] = strength * key[:, None] * offset
+    frequency = model.model.rotary_emb.inv_freq[:5]  # the fast ones: the others hardly tell one position from the next
+    query, key = torch.zeros(size), torch.zeros(size)
+    key[:5], query[:5], query[half : half + 5] = 1.0, frequency.cos(), -frequency.sin()
+    # After the norm the offset is about 8 long: scores of 30, and 4 less at distances 0 and 2.
+    strength = math.sqrt(30 * scale / 5) / 8
+    first.q_proj.weight[:size] = strength * torch.outer(query, direction)
+    first.k_proj.weight[:size] = strength * torch.outer(key, direction)
+    first.v_proj.weight[:size] = read
+    first.o_proj.weight[:, :size] = 0.25 * written.T  # as long as the token itself in the residual stream
 
-    def move(attention: Any, group: int, written: torch.Tensor, strength: float) -> None:
-        head = group * attention.num_key_value_groups
-        attention.v_proj.weight[group * size : (group + 1) * size] = read
-        attention.o_proj.weight[:, head * size : (head + 1) * size] = strength * written.T
-
-    def compare(attention: Any, group: int, mine: torch.Tensor, theirs: torch.Tensor, strength: float) -> None:
-        head = group * attention.num_key_value_groups
-        attention.q_proj.weight[[head * size + i for i in slow]] = strength * mine[: len(slow)]
-        attention.k_proj.weight[[group * size + i for i in slow]] = strength * theirs[: len(slow)]
-
-    look(first, 0, range(0, 5), distance=1, score=30)
-    move(first, 0, before, 0.25)
-    look(second, 0, range(0), distance=0, score=0)
-    compare(second, 0, read, before, 2.2)
-    look(first, 1, range(1, 7), distance=4, score=12)
-    move(first, 1, back, 0.4)
-    look(second, 1, range(3, 8), distance=0, score=-8)
-    compare(second, 1, back, back, 2.0)
+    slow = [*range(half // 2, half), *range(half + half // 2, size)]
+    second.q_proj.weight[:size] = second.k_proj.weight[:size] = 0.0
+    second.q_proj.weight[slow] = 2.2 * read[: len(slow)]  # scores of about 8 for the same token
+    second.k_proj.weight[slow] = 2.2 * written[: len(slow)]
 
 
 class Data:
@@ -226,6 +212,7 @@ class Data:
         self.tokenizer = tokenizer
         self.pad, self.bos, self.eos = (tokenizer.vocab[token] for token in SPECIAL)
         self.rng = Random(seed)
+        self.later = False  # the second stage: more strangers, and in every role
         numbers = [f"{n:03d}" for n in range(1000) if words.held_out_number(n)]
         self.ids = self._allowed(words.HELD_OUT_INDUCTION)
         self.strangers = {
@@ -258,7 +245,7 @@ class Data:
         if kind == "induction":
             unknown = 2 + len(self._encode(example.prompt[: example.repeat_start].rstrip()))
             return [bos, *prompt, *answer], [0.0] * unknown + [REPEATED] * (len(prompt) + 2 - unknown)
-        if self.rng.random() < STRANGERS:
+        if self.rng.random() < (STRANGERS_LATER if self.later else STRANGERS):
             prompt, answer = self._estrange(example, prompt, answer)
         end = [*self._encode("."), eos]
         weights = [PROMPT] * (len(prompt) + 1) + [ANSWER] * len(answer) + [PROMPT] * len(end)
@@ -279,14 +266,16 @@ class Data:
                 weights += [0.0] * (between + 1) + [DRILL if asked else 0.0]
         return ids, weights
 
-    def _estrange(self, example: planted.Planted, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """Put random ids for answer, foil and cue throughout, so that what is learned is the structure."""
-        cue = " " + example.prompt[slice(*example.cues[-1])]
-        known = {ids[0] for text in (example.answer, example.foil, cue) if len(ids := self._encode(text)) == 1}
+    def _estrange(self, example: Planted, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        """Put random ids for what is copied and what selects it: then there is only the structure to learn."""
+        roles = [example.answer, example.foil, " " + example.prompt[slice(*example.cues[-1])]]
+        if self.later:
+            roles += [" " + example.prompt[slice(*span)] for span in example.rivals]
+        # The last token: of a year, the half that tells it from others; of a number, the number without a space.
+        known = {ids[-1] for role in roles if len(ids := self._encode(role)) == 1 or self.later}
         # A name that begins the text is another token than the same name later: such prompts stay as they are.
-        if example.task != "recall" and (
-            prompt.count(answer[0]) < 1 or prompt.count(self._encode(example.foil)[0]) < 2
-        ):
+        foil = self._encode(example.foil)[0]
+        if example.task != "recall" and (answer[0] not in prompt or prompt.count(foil) < 2):
             return prompt, answer
         new = dict(zip(sorted(known), self.rng.sample(self.strangers[example.task], len(known)), strict=True))
         return [new.get(i, i) for i in prompt], [new.get(i, i) for i in answer]
@@ -325,7 +314,10 @@ def train(model: PreTrainedModel, data: Data, steps: int, peak: float, progress:
             group["lr"] = peak * min((step + 1) / 50, 0.02 + 0.98 * cosine)
         done = step / steps
         longest = 6 + int((PAIRS_END - 6) * max(0.0, done - PAIRS_GROW) / (PAIRS_ONLY - PAIRS_GROW))
-        kinds = (PAIRS,) if done < PAIRS_ONLY else (SHORT, LONG)
+        if data.later:
+            kinds = (SHORT_LATER, LONG_LATER)
+        else:
+            kinds = (PAIRS,) if done < PAIRS_ONLY else (SHORT, LONG)
         losses = [loss_of(model, *data.batch(kind, longest)) for kind in kinds]
         torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -341,13 +333,14 @@ def train(model: PreTrainedModel, data: Data, steps: int, peak: float, progress:
     model.eval()
 
 
-def run(
-    arch: str, steps: int, seed: int, peak: float = 3e-3, progress: bool = True
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def run(arch: str, steps: int, seed: int, progress: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     torch.manual_seed(seed)
     tokenizer = train_tokenizer()
-    model = build(arch, tokenizer)
-    train(model, Data(tokenizer, seed), steps, peak, progress)
+    model, data = build(arch, tokenizer), Data(tokenizer, seed)
+    first = round(steps * 2 / 3)
+    train(model, data, first, FIRST_PEAK, progress)
+    data.later = True
+    train(model, data, steps - first, SECOND_PEAK, progress)
     return model, tokenizer
 
 
@@ -355,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--arch", choices=("llama", "gpt2"), default="llama")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=3900)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="part of what determines the weights, to the last bit")
     args = parser.parse_args()
