@@ -5,69 +5,13 @@ import weakref
 import pytest
 import torch
 from models import checkpointed
+from small import HEADS, LAYERS, PROMPTS, assert_close, by_hand, gpt2, llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 import lxt
 from lxt.attributor import Attributor
 from lxt.latents import Site, capture
-from lxt.patching import monkey_patch
-
-VOCABULARY, HEADS, LAYERS = 300, 4, 3
-PROMPTS = [[1, 5, 6, 7, 8], [1, 9, 10], [1, 11, 12, 13, 14, 15, 16]]
-# float32 sums over at most 7 tokens, 32 dimensions and 3 layers, in another order where rows are padded.
-CLOSE = 1e-6
-
-
-def llama(cls=LlamaForCausalLM, **options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # so that the layers do something
-        **{"bos_token_id": 0, "eos_token_id": 1, **options},
-    )
-    return cls(config).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        n_positions=64,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def by_hand(model, ids, score, rules="attnlrp"):
-    """Gradient × input in the patched model, all logits computed: [token]."""
-    embeds = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
-    with monkey_patch(model, rules):
-        score(model(inputs_embeds=embeds).logits).backward()
-    return (embeds.grad * embeds.detach()).sum(-1)[0]
-
-
-def assert_close(got, expected, tolerance=CLOSE):
-    """Relative to the size of the whole, since single entries may cancel."""
-    assert (got - expected).norm() <= tolerance * expected.norm()
-    assert expected.norm() > 0
 
 
 def test_residual_latents_are_gradient_times_layer_output():

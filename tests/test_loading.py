@@ -4,83 +4,18 @@ import copy
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from small import a_tokenizer, bert, gpt2, llama
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 import lxt
 from lxt.attributor import load
 
-TEXT = "I have 5 cats and 3 dogs. My cats love to play with my"
-VOCABULARY, HEADS, LAYERS = 300, 4, 3
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "[MASK]"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        [TEXT + " dogs"] * 4,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet),
-    )
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", mask_token="[MASK]")
-
-
-def llama(cls=LlamaForCausalLM, **options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # so that the layers do something
-        **{"bos_token_id": 0, "eos_token_id": 1, **options},
-    )
-    return cls(config).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        n_positions=64,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def bert(cls, **options):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        **options,
-    )
-    return cls(config).eval()
+    return a_tokenizer()
 
 
 def test_load_an_instance_keeps_it(tokenizer):
