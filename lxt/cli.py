@@ -6,11 +6,13 @@ Whatever goes wrong ends in one line on stderr and a non-zero exit; `--debug` sh
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,13 +36,19 @@ ModelArgument = Annotated[str, typer.Argument(help="a model's name on the hub, i
 Model = Annotated[str, typer.Option("--model", "-m", help="a model's name on the hub, its folder, or `tiny`")]
 Kind = Annotated[str | None, typer.Option(help="logit, logprob, prob or centered; default: logit, logprob of several")]
 Rules = Annotated[str, typer.Option("--rules", "-r", help="attnlrp, cp or gradient")]
-Token = Annotated[str | None, typer.Option("--target", "-t", help="the token to explain; default: the predicted one")]
+Token = Annotated[
+    str | None,
+    typer.Option("--target", "-t", help="the token to explain, with its space (' dogs'); default: the predicted one"),
+]
 Foil = Annotated[str | None, typer.Option("--contrast", "-c", help="explain the target against this token")]
 Latents = Annotated[list[str] | None, typer.Option("--latents", "-l", help="residual, head, neuron; repeatable")]
 Device = Annotated[str | None, typer.Option(help="where to compute, such as cuda; default: where it fits")]
 Dtype = Annotated[str | None, typer.Option(help="the precision to load in: float32, bfloat16, ...")]
-File = typer.Option(dir_okay=False, help="write this file", show_default=False)
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def _file(help: str) -> Any:
+    return typer.Option(dir_okay=False, help=help, show_default=False)
 
 
 @app.command()
@@ -52,13 +60,13 @@ def attribute(
     kind: Kind = None,
     rules: Rules = "attnlrp",
     latents: Latents = None,
-    html: Annotated[Path | None, File] = None,
-    plot: Annotated[Path | None, File] = None,
-    pdf: Annotated[Path | None, File] = None,
+    html: Annotated[Path | None, _file("write an HTML page that needs no network")] = None,
+    plot: Annotated[Path | None, _file("write the picture layers x tokens: .png, .svg or .pdf")] = None,
+    pdf: Annotated[Path | None, _file("write the coloured text as PDF, by LaTeX where there is one")] = None,
     json_: Annotated[
         Path | None, typer.Option("--json", help="write this file; - prints it instead of the picture")
     ] = None,
-    save: Annotated[Path | None, File] = None,
+    save: Annotated[Path | None, _file("write what lxt.Attribution.load reads: .safetensors")] = None,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -67,6 +75,7 @@ def attribute(
     # A picture of layers x tokens needs the relevance after every layer.
     wanted = tuple(latents or (("residual",) if plot else ()))
     # kind is checked by Target, at run time like all that is typed at a terminal.
+    _refuse_unwritable([html, plot, pdf, save, json_])
     what = lxt.Target(target, kind=kind, contrast=contrast)  # type: ignore[arg-type]
     out = _explained(text, model, rules, device, dtype, what, wanted)
     as_json = json.dumps(out.to_dict(latents=bool(latents)))
@@ -132,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        sys.exit(app(arguments, prog_name="lxt", standalone_mode=False) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where, **more: _say(f"warning: {message}")
+            sys.exit(app(arguments, prog_name="lxt", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
         sys.exit(130)
@@ -143,6 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = error.format_message() if hasattr(error, "format_message") else str(error)  # type: ignore[attr-defined]
         _say(" ".join((message or type(error).__name__).split()))
         sys.exit(getattr(error, "exit_code", 1))
+
+
+def _refuse_unwritable(paths: Sequence[Path | None]) -> None:
+    """Before anything is computed: a folder that can be written to, or made, for each file."""
+    for path in paths:
+        if path is None or path == Path("-") or path.exists():
+            continue
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OSError(f"cannot write {path}: {folder} is not a folder that you may write to; choose another place")
 
 
 def _explained(

@@ -198,7 +198,7 @@ def _text(text: str, tokenizer: Any) -> Row:
             f"the text isn't valid Unicode: character {error.start} is the lone surrogate {broken!r}; decode its bytes "
             "again, or leave it out"
         ) from None
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, verbose=False)["input_ids"]  # `check` says it when it is too long
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens in this tokenizer; give text that it can represent")
     return _ids(ids)

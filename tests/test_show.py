@@ -179,11 +179,11 @@ def test_the_embeddings_are_the_lowest_layer_once() -> None:
 def test_terminal_without_colour_holds_scores_and_marks() -> None:
     text = printed(attribution(WORDS, SCORES))
     assert "\x1b" not in text
-    assert "«dogs»" in text
-    assert "<s>I have 5 «cats» and 3" in text
+    assert "«+dogs»" in text
+    assert "<s>I have 5 «−cats» and 3" in text
     assert re.search(r"\+5\.10\s+␣dogs\s+█{24}", text)
     assert re.search(r"−2\.20\s+␣cats\s+█+", text)
-    assert "Σ relevance 46.72 of logit 14.02 (333 %)" in text
+    assert "Σ relevance 46.72 of logit 14.02 (333 %; check() says why)" in text
     assert "' dogs'" in text
     assert "97.1 %" in text
     assert "tiny · attnlrp" in text
@@ -274,7 +274,7 @@ def test_html_shows_scores_ranking_and_layers(tmp_path) -> None:
     assert tokens[7]["tabindex"] == "0"
     assert "p20" in (tokens[7]["class"] or "")
     assert "special token" in (tokens[0]["title"] or "")
-    assert "Σ relevance 46.72 of logit 14.02 (333 %)" in page.text
+    assert "Σ relevance 46.72 of logit 14.02 (333 %; check() says why)" in page.text
     assert sum(tag == "rect" for tag, _ in page.tags) == 5 * len(WORDS) + 10
     assert "prefers-color-scheme:dark" in source
 

@@ -74,12 +74,13 @@ class Row:
 
     @property
     def conserved(self) -> str:
-        """The conservation line, e.g. `Σ relevance 12.31 of logit 14.02 (88.0 %)`."""
+        """The conservation line, e.g. `Σ relevance 14.02 of logit 14.02 (100 %)`."""
         line = f"Σ relevance {amount(self.total, 4)} of {self.value}"
         if self.explained.value == 0:
             return line
         ratio = self.total / self.explained.value  # of a log-probability near 0 it can be anything
-        return f"{line} ({percent(ratio) if abs(ratio) < 10 else f'{amount(ratio)} times'})"
+        rest = "" if abs(ratio - 1) < 0.005 else "; check() says why"
+        return f"{line} ({percent(ratio) if abs(ratio) < 10 else f'{amount(ratio)} times'}{rest})"
 
     @property
     def note(self) -> str | None:

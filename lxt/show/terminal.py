@@ -79,8 +79,7 @@ def _lines(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
     head = Text.assemble(("What speaks for ", ""), (row.target, "bold"), (f"?  {row.value}", ""))
     head.append(f"   {shorten(row.model)} · {shorten(row.rules)}", "dim")
     lines = [head, Text(), _running(row, coloured), Text()]
-    if coloured:
-        lines.append(_legend(row))
+    lines.append(_legend(row) if coloured else Text("«+token» raises it, «−token» lowers it"))
     if row.predicted:
         lines.append(Text(f"predicts {row.predicted}"))
     lines.append(Text(row.conserved))
@@ -100,7 +99,7 @@ def _running(row: Row, coloured: bool) -> Text:
         elif coloured:
             text.append(shown, _style(row.fractions[i]))
         elif abs(row.fractions[i]) >= _MARKED:
-            text.append(f"«{shown}»", "bold")
+            text.append(f"«{'+' if row.fractions[i] > 0 else '−'}{shown}»", "bold")
         else:
             text.append(shown)
         breaks = "\n" in token
