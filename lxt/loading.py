@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # safetensors, json and tokenizers have classes of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        near = ' (did you mean "tiny"?)' if get_close_matches(name, ["tiny"]) else ""
         raise ValueError(
-            f'cannot load the {what} {name!r}: it is neither "tiny" nor a folder here with its files, and the hub gave '
-            f"none ({reason}); check the name and the network. Code that comes with a model is never run"
+            f'cannot load the {what} {name!r}{near}: it is neither "tiny" nor a folder here with its files, and the '
+            f"hub gave none ({reason}); check the name and the network. Code that comes with a model is never run"
         ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -120,12 +121,8 @@ def build(
 ) -> nn.Module:
     """The model in eval mode, every parameter random (norm weights too: at 1 they hide mistakes)."""
     torch.manual_seed(0)
-    try:
+    with skipping_what_transformers_lacks():
         model = EXAMPLES[name].build(attention).eval()
-    except ValueError as error:
-        if "does not support an attention implementation" not in str(error):
-            raise
-        pytest.skip(f"this transformers has no {attention} for {name}")
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -133,6 +130,17 @@ def build(
             if zero_biases and absorbs_relevance(key):
                 parameter.zero_()
     return model.to(dtype)
+
+
+@contextmanager
+def skipping_what_transformers_lacks() -> Iterator[None]:
+    """Skips the test where this version of transformers has no such attention for the model."""
+    try:
+        yield
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        pytest.skip(str(error).split(" yet.")[0])
 
 
 def absorbs_relevance(name: str) -> bool:
