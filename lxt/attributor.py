@@ -31,6 +31,7 @@ from lxt.passes import Result, audited, run
 from lxt.patches import patch_map_for
 from lxt.patching import monkey_patch, rules_of
 from lxt.patchmap import PatchMap
+from lxt.preconditions import refuse_missing_weights
 from lxt.targets import Goal, Score, Target, Token, name_of
 from lxt.targets import resolve as resolve_targets
 from lxt.tokens import display
@@ -98,7 +99,7 @@ class Attributor:
         self.rules = resolve(rules)
         self.patch_map = patch_map
         task(model)
-        self._refuse_meta()
+        refuse_missing_weights(self.model)
 
     def __repr__(self) -> str:
         return f"Attributor({self.name}, rules={self.rules.name!r})"
@@ -131,7 +132,7 @@ class Attributor:
             ValueError: inputs, target or latents that the model has no answer for; numbers that aren't finite.
             TypeError: a kind of input or target that there is none of.
         """
-        self._refuse_meta()
+        refuse_missing_weights(self.model)
         wanted = names(latents)
         rows, goals = resolve_targets(
             target, contrast, read(inputs, self.model, self.tokenizer), self.model, self.tokenizer
@@ -246,16 +247,6 @@ class Attributor:
         token = int(logits.argmax())
         probability = float(logits.softmax(-1)[token])
         return Prediction(name_of(token, self.model, self.tokenizer), token, float(logits[token]), probability)
-
-    def _refuse_meta(self) -> None:
-        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
-            return  # accelerate keeps offloaded weights on meta and brings them for each module's forward
-        for name, parameter in self.model.named_parameters():
-            if parameter.device.type == "meta":
-                raise ValueError(
-                    f"the weight {name} of {self.name} is on the meta device: it has a shape and no numbers; load the "
-                    "model with from_pretrained, or without torch.device('meta')"
-                )
 
 
 def _lock_of(model: nn.Module) -> AbstractContextManager[Any]:

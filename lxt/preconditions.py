@@ -6,7 +6,7 @@ from torch import nn
 
 from lxt.interfaces import SEEN_BY_THE_MODE, uses_interface
 
-__all__ = ["attention_names", "refuse_what_has_no_rule"]
+__all__ = ["attention_names", "refuse_missing_weights", "refuse_what_has_no_rule"]
 
 
 def refuse_what_has_no_rule(model: nn.Module) -> None:
@@ -15,12 +15,7 @@ def refuse_what_has_no_rule(model: nn.Module) -> None:
     Raises:
         ValueError: names what was found and what to do about it.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and not _is_offloaded(model, name):
-            raise ValueError(
-                f"parameter {name!r} is on the meta device: the model has no weights; load it with from_pretrained, "
-                "or dispatch it with accelerate"
-            )
+    refuse_missing_weights(model)
     if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
         raise ValueError(
             "the model runs hub kernels, which have no rules; load it with use_kernels=False (or call "
@@ -32,6 +27,20 @@ def refuse_what_has_no_rule(model: nn.Module) -> None:
             raise ValueError(
                 f"attention implementation {name!r} has no rule in {type(model).__name__}: call "
                 'model.set_attn_implementation("sdpa") or ("eager") first'
+            )
+
+
+def refuse_missing_weights(model: nn.Module) -> None:
+    """Check that the weights are there, or that accelerate brings them.
+
+    Raises:
+        ValueError: names the first that is on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not _is_offloaded(model, name):
+            raise ValueError(
+                f"parameter {name!r} is on the meta device: the model has no weights; load it with from_pretrained, "
+                "or dispatch it with accelerate"
             )
 
 
