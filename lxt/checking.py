@@ -112,7 +112,8 @@ class CheckReport:
         rounding = 32 * torch.finfo(self.dtype).eps * max(abs(self.value), abs(self.total))
         shown = [leak for leak in self.leaks if abs(leak.amount) > rounding]
         for leak in shown:
-            where = ", ".join(f"{path or 'the model itself'} {amount:+.3g}" for path, amount in _first(leak.modules, 3))
+            most = list(leak.modules.items())[:3]
+            where = ", ".join(f"{path or 'the model itself'} {amount:+.3g}" for path, amount in most)
             table.add_row(f"  kept by {leak.kind}", Text(f"{leak.amount:+.4g}   most in {where}"))
         table.add_row("  rest", f"{self.value - self.total - sum(leak.amount for leak in shown):+.2g}")
         same = "unchanged" if self.forward_equal else "CHANGED"
@@ -123,10 +124,6 @@ class CheckReport:
             table.add_row("auditor", f"differs by {self.audit_difference:.1e} of the largest relevance")
         table.add_row("operations without a rule", Text(", ".join(self.unknown) or "none"))
         return table
-
-
-def _first(amounts: dict[str, float], count: int) -> list[tuple[str, float]]:
-    return list(amounts.items())[:count]
 
 
 def check(attributor: Attributor, request: Request, relevance: Sequence[Tensor]) -> CheckReport:

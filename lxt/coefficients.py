@@ -20,12 +20,12 @@ Coefficient = Callable[[Tensor], Tensor]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that coefficients are computed in: at least float32."""
+    """The dtype that coefficients and relevances are computed in: at least float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def ratio(y: Tensor, x: Tensor, limit: float = 1.0) -> Tensor:
-    """Y / x, and `limit` where x is 0. Right for functions that are computed with relative accuracy near 0."""
+    """The quotient y / x, and `limit` where x is 0; right for functions that torch computes with relative accuracy."""
     return torch.where(x == 0, limit, y / torch.where(x == 0, 1.0, x))
 
 

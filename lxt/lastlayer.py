@@ -80,11 +80,11 @@ def _arguments(
     if len(hidden) != len(places) or hidden.shape[1] <= places.shape[1]:
         return None
     rest = {key: value for key, value in list(named.items())[2:] if key != cache}
+    here, length = places.to(hidden.device), hidden.shape[1]
+    ends = bool((places == length - 1).all())  # before it moves: this waits for a GPU otherwise
     try:
-        narrow = {key: _at(places.to(hidden.device), key, value, hidden.shape[1]) for key, value in rest.items()}
-        narrow["attention_mask"] = _mask_at(
-            places.to(hidden.device), module, rest.get("attention_mask"), hidden.shape[1]
-        )
+        narrow = {key: _at(here, key, value, length) for key, value in rest.items()}
+        narrow["attention_mask"] = _mask_at(here, ends, module, rest.get("attention_mask"), length)
     except _NotUnderstood:
         return None
     return hidden, cache, rest, narrow
@@ -102,10 +102,10 @@ def _at(places: Tensor, name: str, value: Any, length: int) -> Any:
     raise _NotUnderstood(name)
 
 
-def _mask_at(places: Tensor, module: nn.Module, mask: Any, length: int) -> Tensor | None:
-    """The attention mask's rows at `places`, [batch, 1, K, token]; none is torch's causal one."""
+def _mask_at(places: Tensor, ends: bool, module: nn.Module, mask: Any, length: int) -> Tensor | None:
+    """The attention mask at `places` (`ends`: the last ones), [batch, 1, K, token]; none is torch's causal one."""
     if mask is None:
-        if bool((places == length - 1).all()):
+        if ends:
             return None  # the last position sees everything
         if not any(getattr(part, "is_causal", False) for part in module.modules()):
             raise _NotUnderstood("attention_mask")

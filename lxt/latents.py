@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lxt.coefficients import wide
 from lxt.inputs import Model
 from lxt.patchmap import PatchMap
 
@@ -90,8 +91,8 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        relevance = (x.detach().to(wide) * gradient.detach().to(wide)).reshape(*ctx.shape, -1)
+        dtype = wide(x.dtype)
+        relevance = (x.detach().to(dtype) * gradient.detach().to(dtype)).reshape(*ctx.shape, -1)
         if ctx.site.latent == "residual":
             relevance = relevance.sum(-1)
         elif ctx.site.latent == "head":

@@ -1,7 +1,7 @@
 """RuleMode: gives every torch operation that touches an activation its rule, whatever the architecture.
 
 A model's forward runs inside the mode. For each operation:
- 1. with gradients off, or no activation among the operands, it runs as it is;
+ 1. with gradients off, or no activation among the operands, it runs as it is, but for dropout;
  2. an operation with a rule (lxt.operations) runs under it;
  3. a linear map or a selection runs as it is, since the plain gradient is its rule; marks survive it;
  4. a function that torch implements in Python is entered, and its parts get their rules;
@@ -112,10 +112,14 @@ class RuleMode(TorchFunctionMode):
         return result
 
 
+def _entered_modes() -> list[RuleMode]:
+    modes = torch.overrides._get_current_function_mode_stack()
+    return [mode for mode in modes if isinstance(mode, RuleMode)]
+
+
 def current_mode() -> RuleMode | None:
     """The mode that is entered in this thread; patched models enter one at a time."""
-    modes = torch.overrides._get_current_function_mode_stack()
-    return next((mode for mode in reversed(modes) if isinstance(mode, RuleMode)), None)
+    return next(reversed(_entered_modes()), None)
 
 
 def _hidden_activation(value: Any) -> bool:
@@ -131,9 +135,7 @@ def _hidden_activation(value: Any) -> bool:
 @contextmanager
 def plain_gradient() -> Iterator[None]:
     """Meanwhile operations run as they are: what a composite's field "gradient" means for a whole module."""
-    modes = [
-        m for m in torch.overrides._get_current_function_mode_stack() if isinstance(m, RuleMode) and not m.suspended
-    ]
+    modes = [mode for mode in _entered_modes() if not mode.suspended]
     for mode in modes:
         mode.suspended = True
     try:

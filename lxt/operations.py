@@ -249,8 +249,8 @@ def _closed_form(form: str, func: Callable, args: tuple[Any, ...], kwargs: dict[
     in_place = kwargs.get("inplace") or (rest and rest[0] is True)
     if in_place:
         x, target, rest = x.clone(), x, []
-    result = rules.identity(x, lambda x: func(x, *rest, **options), form)
-    return mark(target.copy_(result) if in_place else result, "gate")
+    result = mark(rules.identity(x, lambda x: func(x, *rest, **options), form), "gate")
+    return _overwrite(target, result) if in_place else result
 
 
 def _by_ratio(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lxt.audit import audit
+from lxt.coefficients import wide
 from lxt.composites import Composite
 from lxt.inputs import Model, Row, offender, prepare, task
 from lxt.interfaces import SEEN_BY_THE_MODE
@@ -103,8 +104,8 @@ def run(
                 raise ValueError(f"the logits of {type(model).__name__} are not finite: {offender(model)}")
             values, filled = evaluate(logits, goals)
             (gradient,) = torch.autograd.grad(values.sum(), embeds)
-    wide = torch.promote_types(embeds.dtype, torch.float32)
-    relevance = (embeds.detach().to(wide) * gradient.to(wide)).sum(-1).cpu()
+    dtype = wide(embeds.dtype)
+    relevance = (embeds.detach().to(dtype) * gradient.to(dtype)).sum(-1).cpu()
     if not relevance[prepared.mask].isfinite().all():
         raise ValueError(
             f"the relevance is not finite, though the logits of {type(model).__name__} are: the backward overflows in "
@@ -112,7 +113,7 @@ def run(
         )
     return Result(
         relevance=relevance.masked_fill(~prepared.mask, 0),
-        logits=logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).cpu(),
+        logits=logits.detach().to(wide(logits.dtype)).cpu(),
         values=values.detach().cpu(),
         goals=filled,
         latents={name: sink.stacked(name, prepared.mask) for name in latents},

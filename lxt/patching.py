@@ -1,9 +1,9 @@
 """monkey_patch: put a model under a composite's rules, and take it out again.
 
-1. Each module with a fused forward, each activation written in several operations, and each module that can be
-   called from outside (the target, nested pretrained models, the layers) gets a `forward` of its own.
-2. The outermost of them that is called enters RuleMode, makes the parameters constants, and has checkpointed
-   functions enter the mode again when the backward recomputes them.
+1. Each module with a fused forward, each activation written in several operations, and each module that somebody
+   may call by itself gets a `forward` of its own.
+2. The outermost of them that is called enters RuleMode, makes the parameters constants and the model still (no
+   dropped layers), and has checkpointed functions enter the mode again when the backward recomputes them.
 3. When it returns, the graph is searched for autograd functions that the mode can't see.
 4. `PatchHandle.remove` puts every `forward` back.
 """

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lxt.coefficients import wide
 from lxt.inputs import Model, Row, task
 from lxt.tokens import display
 
@@ -322,7 +323,7 @@ def evaluate(logits: Tensor, goals: Sequence[Goal]) -> tuple[Tensor, list[Goal]]
     Raises:
         ValueError: the prediction is the contrast, or a function gave something else than one number per row.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide(logits.dtype))
     function = goals[0].function
     if function is not None and all(goal.function is function for goal in goals):
         return _custom(function, logits), list(goals)

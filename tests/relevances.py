@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from models import EXAMPLES, inputs_of
+from models import EXAMPLES, build, inputs_of
 from torch import Tensor, nn
+
+import lxt
 
 
 def relevance(model: nn.Module, name: str = "llama", **options: object) -> Tensor:
@@ -13,6 +17,16 @@ def relevance(model: nn.Module, name: str = "llama", **options: object) -> Tenso
     logits = model(**inputs, **options)[0]
     gradients = torch.autograd.grad(EXAMPLES[name].logit(logits), tuple(inputs.values()))
     return torch.cat([(x * g).detach().flatten() for x, g in zip(inputs.values(), gradients, strict=True)])
+
+
+def under_each(rules: Iterable[str]) -> dict[str | None, Tensor]:
+    """Relevance of a fresh llama under each of the rules, None being unpatched."""
+    values: dict[str | None, Tensor] = {None: relevance(build("llama"))}
+    for name in rules:
+        model = build("llama")
+        with lxt.monkey_patch(model, name):
+            values[name] = relevance(model)
+    return values
 
 
 def state(model: nn.Module) -> list[tuple]:

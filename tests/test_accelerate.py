@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import build, checkpointed, inputs_of
+from models import build, checkpointed
+from relevances import relevance, under_each
 from transformers.models.llama import modeling_llama
 
 import lxt
@@ -15,20 +16,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 RULES = ("attnlrp", "cp")
 
 
-def relevance(model):
-    inputs = inputs_of("llama")["inputs_embeds"]
-    model(inputs_embeds=inputs, use_cache=False).logits[0, -1, 5].backward()
-    return inputs.grad * inputs.detach()
-
-
 @pytest.fixture(scope="module")
 def expected():
-    values = {None: relevance(build("llama"))}
-    for rules in RULES:
-        model = build("llama")
-        lxt.monkey_patch(model, rules)
-        values[rules] = relevance(model)
-    return values
+    return under_each(RULES)
 
 
 class Counting(ModelHook):
@@ -53,15 +43,17 @@ def offload_to_disk(model, folder):
     accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
 
 
+ON_CPU_AND_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+}
+
+
 def dispatch(model, folder):
-    device_map = {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "disk",
-    }
+    device_map = ON_CPU_AND_DISK | {"lm_head": "disk"}
     accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
 
@@ -132,14 +124,7 @@ def test_under_a_module_patch(place, expected, tmp_path):
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_loaded_with_a_device_map(patch_first, expected, tmp_path):
     build("llama").save_pretrained(tmp_path / "model")
-    device_map = {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
+    device_map = ON_CPU_AND_DISK | {"lm_head": "cpu"}
 
     def load():
         return modeling_llama.LlamaForCausalLM.from_pretrained(

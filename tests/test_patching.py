@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import EXAMPLES, HIDDEN, TOKENS, build, checkpointed, inputs_of
-from relevances import relevance, state
+from relevances import relevance, state, under_each
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 from transformers.models.llama import modeling_llama
@@ -28,12 +28,7 @@ def llama():
 
 @pytest.fixture
 def expected():
-    """Relevance of a fresh llama under each of the rules, None being unpatched."""
-    values = {None: relevance(build("llama"))}
-    for rules in RULES:
-        model = build("llama")
-        lxt.monkey_patch(model, rules)
-        values[rules] = relevance(model)
+    values = under_each(RULES)
     pairs = [(a, b) for a in values for b in values if a is not b and {a, b} != {None, "gradient"}]
     assert all(not torch.allclose(values[a], values[b], rtol=0.01) for a, b in pairs)
     return values
