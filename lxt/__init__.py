@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from lxt.attribution import Attribution
     from lxt.attributor import Attributor, load
     from lxt.composites import ATTN_LRP, CP_LRP, GRADIENT, Composite, Epsilon, Gamma
+    from lxt.declaring import declare
     from lxt.mode import UnknownOperation
     from lxt.patching import PatchHandle, monkey_patch
     from lxt.patchmap import PatchMap
+    from lxt.sentences import Similarity, similarity
+    from lxt.steps import Steps
     from lxt.targets import Target
 
 __all__ = [
@@ -34,11 +37,15 @@ __all__ = [
     "Gamma",
     "PatchHandle",
     "PatchMap",
+    "Similarity",
+    "Steps",
     "Target",
     "UnknownOperation",
     "audit",
+    "declare",
     "load",
     "monkey_patch",
+    "similarity",
 ]
 
 __version__ = "3.0.0.dev0"
@@ -54,10 +61,14 @@ _HOME = {
     "Gamma": "lxt.composites",
     "PatchHandle": "lxt.patching",
     "PatchMap": "lxt.patchmap",
+    "Similarity": "lxt.sentences",
+    "Steps": "lxt.steps",
     "Target": "lxt.targets",
     "UnknownOperation": "lxt.mode",
+    "declare": "lxt.declaring",
     "load": "lxt.attributor",
     "monkey_patch": "lxt.patching",
+    "similarity": "lxt.sentences",
 }
 
 

@@ -35,15 +35,15 @@ def scaled_dot_product_attention(
     Args:
         composite: its `attention`, `qkv` and `softmax_temperature` apply.
         query: [batch, head, query, d_head]; key and value: [batch, head, key, d_head].
-        attn_mask: as torch's; one that depends on activations is a constant unless attention is "gradient".
+        attn_mask: as torch's; one that depends on activations is a summand of the scores, and gets what they get.
         dropout_p: accepted and ignored.
         is_causal: as torch's.
         scale: as torch's.
         enable_gqa: as torch's.
     """
+    if attn_mask is not None and attn_mask.requires_grad:
+        attn_mask = _mask_under_rule(composite, attn_mask, value)
     query, key, value = under_rule(composite, query, key, value)
-    if attn_mask is not None and composite.attention != "gradient":
-        attn_mask = stop(attn_mask)
     if composite.softmax_temperature != 1 and composite.attention != "value_only":
         return _TemperedAttention.apply(
             query, key, value, attn_mask, is_causal, scale, enable_gqa, composite.softmax_temperature
@@ -51,6 +51,12 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def _mask_under_rule(composite: Composite, mask: Tensor, value: Tensor) -> Tensor:
+    if composite.attention == "value_only":
+        return stop(mask)
+    return scale_gradient(mask, sum(composite.qkv[:2])) if composite.attention == "uniform" and value.requires_grad else mask
 
 
 def under_rule(composite: Composite, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

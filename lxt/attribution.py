@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lxt.imagerelevance import ImageRelevance, from_tensors, stacked, to_tensors
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -36,12 +38,14 @@ class Explained:
         kind: `logit`, `logprob`, `prob`, `centered` or `custom`.
         value: the explained number, target minus contrast.
         position: the explained position among the row's own tokens; None where there is no single one.
+        prefix: the relevance that went to the decoder's own tokens, in encoder-decoders; None elsewhere.
     """
 
     label: str
     kind: str
     value: float
     position: int | None = None
+    prefix: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Attribution:
         latents: relevance inside the model: `residual` [layer, batch, token], `head` [layer, batch, token, head],
             `neuron` [layer, batch, token, neuron].
         versions: package -> version of what computed it.
+        images: relevance on each image that the model saw. The tokens of an image classifier are its patches.
         checker: not stored: how `check()` reports on the run.
 
     Raises:
@@ -88,6 +93,7 @@ class Attribution:
     rules: str
     latents: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    images: tuple[ImageRelevance, ...] = ()
 
     checker: ClassVar[Callable[[], Any] | None] = None  # not a field: set by `with_checker`, absent after `load`
 
@@ -177,8 +183,19 @@ class Attribution:
             explained=self.explained[index : index + 1],
             predictions=self.predictions[index : index + 1],
             latents={name: latent[:, index : index + 1][:, :, keep] for name, latent in self.latents.items()},
+            images=tuple(replace(image, row=0) for image in self.images if image.row == index),
         )
         return one if self.checker is None else one.with_checker(self.checker)
+
+    @property
+    def pixels(self) -> Tensor:
+        """[batch, height, width], where each row has one image and all have one size."""
+        return stacked(self.images, "pixels", len(self))
+
+    @property
+    def patches(self) -> Tensor:
+        """[batch, rows, columns], likewise."""
+        return stacked(self.images, "patches", len(self))
 
     @property
     def total(self) -> Tensor:
@@ -187,9 +204,10 @@ class Attribution:
 
     @property
     def conservation(self) -> Tensor:
-        """[batch]: total relevance over explained value; NaN where the value is 0."""
+        """[batch]: total relevance, the decoder prefix's included, over explained value; NaN where the value is 0."""
         values = torch.tensor([explained.value for explained in self.explained], dtype=torch.float64)
-        return torch.where(values == 0, torch.nan, self.total / values)
+        prefix = torch.tensor([explained.prefix or 0.0 for explained in self.explained], dtype=torch.float64)
+        return torch.where(values == 0, torch.nan, (self.total + prefix) / values)
 
     def with_checker(self, checker: Callable[[], Any]) -> Attribution:
         """Attach how `check()` reports on the run that this came from; returns the same object."""
@@ -308,6 +326,7 @@ class Attribution:
         tensors = {"relevance": self.relevance, "mask": self.mask, "special": self.special}
         tensors |= {} if self.token_ids is None else {"token_ids": self.token_ids}
         tensors |= {f"latents.{name}": latent for name, latent in self.latents.items()}
+        tensors |= to_tensors(self.images)
         about = {
             "format": FORMAT,
             "tokens": self.tokens,
@@ -316,6 +335,7 @@ class Attribution:
             "model": self.model,
             "rules": self.rules,
             "latents": list(self.latents),
+            "images": [image.row for image in self.images],
             "versions": dict(self.versions),
         }
         # clone: safetensors refuses tensors that share memory; ASCII JSON: keeps lone surrogates, which aren't UTF-8
@@ -367,6 +387,7 @@ class Attribution:
                 rules=about["rules"],
                 latents={name: tensors[f"latents.{name}"] for name in about["latents"]},
                 versions=about["versions"],
+                images=from_tensors(tensors, about.get("images", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(hint % f"part of it is missing ({error!r})") from error

@@ -16,14 +16,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lxt.attribution import Attribution, Explained, Prediction
+from lxt.compiling import uncompiled
 from lxt.composites import Composite, resolve
+from lxt.conversations import shows_images
+from lxt.imagegeometry import image_relevances
+from lxt.images import ImageExplainer, ImageRequest, image_request, tokens_of
 from lxt.inputs import Row, batches, check, read, task
 from lxt.latents import names
 from lxt.loading import device_of, dtype_of, model_of, tokenizer_of
@@ -31,15 +35,17 @@ from lxt.passes import Result, audited, run
 from lxt.patches import patch_map_for
 from lxt.patching import monkey_patch, rules_of
 from lxt.patchmap import PatchMap
+from lxt.pixels import split_processor
 from lxt.preconditions import refuse_missing_weights
-from lxt.targets import Goal, Score, Target, Token, name_of
+from lxt.steps import Steps, attribute_steps
+from lxt.targets import Goal, Kind, Score, Target, Token, name_of
 from lxt.targets import resolve as resolve_targets
 from lxt.tokens import display
 
 if TYPE_CHECKING:
     from lxt.checking import CheckReport
 
-__all__ = ["Attributor", "Request", "Result", "load"]
+__all__ = ["Attributor", "Request", "Result", "load", "lock_of", "versions"]
 
 # One lock per model, since the patch and the hooks of one pass would reach another's forward.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -74,8 +80,10 @@ class Attributor:
     The model is patched while `attribute` runs and is afterwards as it was, also when that fails.
 
     Args:
-        model: a transformers model with a head: a language model (causal, masked, encoder-decoder) or a classifier.
-        tokenizer: its tokenizer; None when prompts come as token ids or embeddings.
+        model: a transformers model with a head: a language model (causal, masked, encoder-decoder), a classifier of
+            texts or images, or a model that continues text with images.
+        tokenizer: its tokenizer, or its processor if it sees; None when prompts come as token ids or embeddings, and
+            images as pixel values.
         rules: a preset's name, or a Composite.
         patch_map: fused forwards and latents in place of the architecture's own.
 
@@ -94,11 +102,11 @@ class Attributor:
             raise TypeError(
                 f"an Attributor needs a transformers model instance, got {type(model).__name__}; lxt.load takes names"
             )
-        self.model: Any = model
-        self.tokenizer = tokenizer
+        self.model: Any = uncompiled(model)
+        self.processor, self.tokenizer = split_processor(tokenizer)
         self.rules = resolve(rules)
         self.patch_map = patch_map
-        task(model)
+        task(self.model)
         refuse_missing_weights(self.model)
 
     def __repr__(self) -> str:
@@ -116,17 +124,21 @@ class Attributor:
         contrast: Token | Sequence[Token] | None = None,
         latents: str | Sequence[str] = (),
         batch_size: int | None = None,
+        images: object = None,
     ) -> Attribution:
-        """Relevance of every input token for the target.
+        """Relevance of every input token for the target, and of every pixel where there are images.
 
         Args:
-            inputs: a string or a list of them; chat messages or a list of chats; token ids; or embeddings.
+            inputs: a string or a list of them; chat messages or a list of chats; token ids; or embeddings. For image
+                classifiers images: PIL images, arrays, paths, or pixel values [batch, channel, height, width]. For
+                models that read and see also what their processor makes, a mapping of tensors.
             target: what is explained: a token as string or id (a string of several tokens: their summed
                 log-probability), a class index or label, a Target, a function of the logits [batch, 1, vocabulary],
                 or a list with one per prompt. None is what the model predicts.
             contrast: token or tokens to subtract (several: their mean).
             latents: which relevances inside the model to keep: "residual", "head", "neuron".
-            batch_size: how many prompts run at once; None is all that can.
+            batch_size: how many prompts run at once; None is all that can. Texts with images run one by one.
+            images: those of the one prompt, or a list with those of each prompt, where the inputs don't hold them.
 
         Raises:
             ValueError: inputs, target or latents that the model has no answer for; numbers that aren't finite.
@@ -134,6 +146,8 @@ class Attributor:
         """
         refuse_missing_weights(self.model)
         wanted = names(latents)
+        if images is not None or task(self.model) == "image" or shows_images(inputs):
+            return self._attribute_images(inputs, images, target, contrast, wanted, batch_size)
         rows, goals = resolve_targets(
             target, contrast, read(inputs, self.model, self.tokenizer), self.model, self.tokenizer
         )
@@ -146,6 +160,78 @@ class Attributor:
         return self._attribution(request, results, predictions).with_checker(
             partial(self._check, request, [result.relevance for result in results])
         )
+
+    def attribute_steps(
+        self,
+        source: object,
+        target: str | Sequence[int] | None = None,
+        kind: Kind = "logit",
+        max_new_tokens: int = 64,
+    ) -> Steps:
+        """Relevance of the source and of the prefix for every token that an encoder-decoder writes.
+
+        One forward in all, one backward for each step.
+
+        Args:
+            source: one prompt: text, token ids, or embeddings.
+            target: what the decoder writes, as text (with the special tokens that the tokenizer gives labels) or ids.
+                None is what the model writes by itself, greedily.
+            kind: what of the target's token is explained at each step, as in Target.
+            max_new_tokens: how many tokens to write at most.
+
+        Raises:
+            ValueError: a model that is no encoder-decoder, several prompts, a target out of the vocabulary.
+            TypeError: a kind of source or target that there is none of.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"unknown kind {kind!r} of target; allowed: {', '.join(get_args(Kind))}")
+        refuse_missing_weights(self.model)
+        with lock_of(self.model):
+            found = attribute_steps(self.model, self.tokenizer, source, target, kind, max_new_tokens, self._patch)
+        return Steps(**found, model=self.name, rules=self.rules.name, versions=versions())
+
+    def _attribute_images(
+        self,
+        inputs: object,
+        images: object,
+        target: object,
+        contrast: object,
+        latents: tuple[str, ...],
+        batch_size: int | None,
+    ) -> Attribution:
+        if latents:
+            raise ValueError(
+                f"latents are read for text alone so far, got {', '.join(latents)}; leave latents out where there are "
+                "images"
+            )
+        model, processor = self.model, self.processor
+        request = image_request(model, processor, self.tokenizer, inputs, images, target, contrast, batch_size)
+        runs = ImageExplainer(model, self.rules, self.patch_map, self._patch, partial(lock_of, model))
+        rows, explained, predictions, pictures, everything = [], [], [], [], []
+        for batch, prompts, result in zip(request.passes, request.rows, runs.results(request), strict=True):
+            pictures += image_relevances(batch, result, model, processor, len(rows))
+            rows += tokens_of(batch, result, prompts, model, self.tokenizer)
+            explained += map(self._explained, result.goals, result.values.tolist(), prompts)
+            predictions += [self._prediction(logits[0]) for logits in result.logits]
+            everything.append(result.relevance)
+        width = max(len(labels) for labels, *_ in rows)
+
+        def left(parts: Sequence[Tensor]) -> Tensor:
+            return torch.stack([pad(part, [width - len(part), 0]) for part in parts])
+
+        return Attribution(
+            tokens=[[""] * (width - len(labels)) + labels for labels, *_ in rows],
+            token_ids=left([row[3] for row in rows if row[3] is not None]) if rows[0][3] is not None else None,
+            relevance=left([row[1] for row in rows]),
+            mask=left([torch.ones(len(row[1]), dtype=torch.bool) for row in rows]),
+            special=left([row[2] for row in rows]),
+            explained=explained,
+            predictions=predictions,
+            model=self.name,
+            rules=self.rules.name,
+            versions=versions(),
+            images=tuple(pictures),
+        ).with_checker(partial(self._check_images, runs, request, everything))
 
     def results(
         self, request: Request, patch: Callable[[], AbstractContextManager[Any]] | None = None
@@ -161,7 +247,7 @@ class Attributor:
         with _progress(len(request.groups)) as advance:
             for group in request.groups:
                 rows, goals = [request.rows[i] for i in group], [request.goals[i] for i in group]
-                with _lock_of(self.model):
+                with lock_of(self.model):
                     result = run(
                         self.model, self.tokenizer, rows, goals, request.latents, patch_map, patch or self._patch
                     )
@@ -190,6 +276,11 @@ class Attributor:
 
         return report(self, request, relevance)
 
+    def _check_images(self, runs: ImageExplainer, request: ImageRequest, relevance: Sequence[Tensor]) -> CheckReport:
+        from lxt.checking import check as report
+
+        return report(runs, request, relevance)
+
     def _attribution(
         self, request: Request, results: Sequence[Result], predictions: Sequence[Prediction]
     ) -> Attribution:
@@ -204,11 +295,12 @@ class Attributor:
         goals = [goal for result in results for goal in result.goals]
         tokens = [[""] * (width - len(row)) + row for result in results for row in result.tokens]
         explained = [
-            self._explained(goal, float(value), row)
-            for goal, value, row in zip(
+            self._explained(goal, float(value), row, prefix)
+            for goal, value, row, prefix in zip(
                 goals,
                 torch.cat([result.values for result in results]),
                 [request.rows[i] for group in request.groups for i in group],
+                [prefix for result in results for prefix in _each(result.prefix, len(result.goals))],
                 strict=True,
             )
         ]
@@ -224,10 +316,10 @@ class Attributor:
             model=self.name,
             rules=self.rules.name,
             latents={name: joined([result.latents[name] for result in results], 1, 2) for name in request.latents},
-            versions=_versions(),
+            versions=versions(),
         )
 
-    def _explained(self, goal: Goal, value: float, row: Row) -> Explained:
+    def _explained(self, goal: Goal, value: float, row: Row, prefix: float | None) -> Explained:
         if goal.function is not None:
             label = getattr(goal.function, "__name__", type(goal.function).__name__)
         elif len(goal.ids) > 1 and self.tokenizer is not None:
@@ -237,8 +329,8 @@ class Attributor:
         foils = self._names(goal.contrast)
         if foils:
             label += f" − {foils}" if len(goal.contrast) == 1 else f" − mean({foils})"
-        single = len(goal.positions) == 1 and task(self.model) not in ("sequence", "seq2seq")
-        return Explained(label, goal.kind, value, goal.positions[0] if single else None)
+        single = len(goal.positions) == 1 and task(self.model) not in ("sequence", "seq2seq", "image")
+        return Explained(label, goal.kind, value, goal.positions[0] if single else None, prefix)
 
     def _names(self, ids: Sequence[int]) -> str:
         return ", ".join(repr(name_of(token, self.model, self.tokenizer)) for token in ids)
@@ -249,7 +341,12 @@ class Attributor:
         return Prediction(name_of(token, self.model, self.tokenizer), token, float(logits[token]), probability)
 
 
-def _lock_of(model: nn.Module) -> AbstractContextManager[Any]:
+def _each(values: Tensor | None, count: int) -> Sequence[float | None]:
+    return [None] * count if values is None else values.tolist()
+
+
+def lock_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """The model's lock: one pass at a time."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
 
@@ -268,7 +365,8 @@ def _progress(batches: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(bar)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Package -> version of what a result depends on."""
     found = {}
     for package in ("lxt", "torch", "transformers"):
         try:

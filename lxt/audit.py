@@ -86,10 +86,12 @@ def audit(
         TypeError: an input to explain isn't a floating point tensor.
     """
     composite = resolve(rules)
-    if composite.linear != Epsilon(0):
-        raise ValueError(
-            f"the auditor covers linear=Epsilon(0) only, got {composite.linear}; use composite.but(linear=Epsilon(0))"
-        )
+    for rule in (composite.linear, composite.convolution or composite.linear):
+        if rule != Epsilon(0):
+            raise ValueError(
+                f"the auditor covers linear=Epsilon(0) only, got {rule}; use "
+                "composite.but(linear=Epsilon(0), convolution=None)"
+            )
     arguments, leaves = _prepare(inputs, (wrt,) if isinstance(wrt, str) else tuple(wrt))
     with _as_constant(model), torch.inference_mode(False), torch.enable_grad():
         with Observer() as observer:

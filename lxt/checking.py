@@ -8,24 +8,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lxt.composites import Composite
 from lxt.ledger import Ledger
 from lxt.mode import UnknownOperation
 from lxt.patches import patch_map_for
 from lxt.patching import patch_model, rules_of
+from lxt.patchmap import PatchMap
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from lxt.attributor import Attributor, Request
 
 __all__ = ["CheckReport", "Leak", "check"]
 
@@ -34,12 +34,37 @@ __all__ = ["CheckReport", "Leak", "check"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
+class Explains(Protocol):
+    """What can run a request again: an Attributor, or what explains images."""
+
+    @property
+    def model(self) -> Any:
+        """The model, not patched."""
+
+    @property
+    def rules(self) -> Composite:
+        """The composite."""
+
+    @property
+    def patch_map(self) -> PatchMap | None:
+        """In place of the architecture's own."""
+
+    def results(self, request: Any, patch: Callable[[], AbstractContextManager[Any]] | None = None) -> Iterator[Any]:
+        """Results with `values` and `logits`, batch by batch."""
+        ...
+
+    def audited(self, request: Any) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+        """The relevance of each batch by the auditor."""
+        ...
+
+
 @dataclass(frozen=True)
 class Leak:
     """Relevance that some operations kept.
 
     Attributes:
-        kind: bias, softmax, constant (learned positions, masks, prompts of parameters), or bias and epsilon.
+        kind: bias, softmax, constant (learned positions, masks, prompts of parameters), bias and epsilon, or the
+            decoder's own tokens, which are no part of the source.
         amount: in the unit of the explained value.
         modules: path -> amount, the largest first.
     """
@@ -126,7 +151,7 @@ class CheckReport:
         return table
 
 
-def check(attributor: Attributor, request: Request, relevance: Sequence[Tensor]) -> CheckReport:
+def check(attributor: Explains, request: Any, relevance: Sequence[Tensor]) -> CheckReport:
     """Run a request again, in the three ways above; `Attribution.check()` calls it.
 
     Args:
@@ -141,9 +166,10 @@ def check(attributor: Attributor, request: Request, relevance: Sequence[Tensor])
     model, rules = attributor.model, attributor.rules
     if rules_of(model) is not None:
         raise ValueError("check() runs the model without rules, but it is patched: remove the handle first")
-    value, difference, scale = 0.0, 0.0, 0.0
+    value, prefix, difference, scale = 0.0, 0.0, 0.0, 0.0
     for patched, bare in zip(attributor.results(request), attributor.results(request, nullcontext), strict=True):
         value += float(patched.values.double().sum())
+        prefix += 0.0 if patched.prefix is None else float(patched.prefix.double().sum())
         difference = max(difference, float((patched.logits - bare.logits).abs().max()))
         scale = max(scale, float(bare.logits.abs().max()))
 
@@ -159,6 +185,8 @@ def check(attributor: Attributor, request: Request, relevance: Sequence[Tensor])
 
     total = float(sum(part.double().sum() for part in relevance))
     leaks = _leaks(ledger)
+    if prefix:
+        leaks = (Leak("the decoder's own tokens", prefix, {"the decoder's embeddings": prefix}), *leaks)
     distance, note = _audit(attributor, request, relevance)
     return CheckReport(
         value=value,
@@ -185,7 +213,7 @@ def _leaks(ledger: Ledger) -> tuple[Leak, ...]:
     return tuple(sorted(leaks, key=lambda leak: -abs(leak.amount)))
 
 
-def _audit(attributor: Attributor, request: Request, relevance: Sequence[Tensor]) -> tuple[float | None, str]:
+def _audit(attributor: Explains, request: Any, relevance: Sequence[Tensor]) -> tuple[float | None, str]:
     """The largest difference to the auditor's relevance, or None and why there is none."""
     try:
         audited = list(attributor.audited(request))

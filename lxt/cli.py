@@ -1,4 +1,4 @@
-"""The command line: `lxt attribute`, `lxt check`, `lxt models`.
+"""The command line: `lxt attribute`, `lxt check`, `lxt models`, `lxt coverage`.
 
 Whatever goes wrong ends in one line on stderr and a non-zero exit; `--debug` shows the traceback instead.
 """
@@ -122,6 +122,36 @@ def models(debug: Debug = False) -> None:
     for name, patch_map in sorted(known.items()):
         print(f"  {name:<14}{', '.join(patch_map.forwards) or '(all by the operator mode)'}")
     print("Any other model runs under the operator mode alone; `lxt check MODEL` says how well.")
+
+
+@app.command()
+def coverage(
+    task: Annotated[list[str] | None, typer.Option(help="causal, masked, image, ...; repeatable; default: all")] = None,
+    type_: Annotated[list[str] | None, typer.Option("--type", help="config.model_type; repeatable")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="one or two types for each mechanism")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="print what would be tried, and stop")] = False,
+    records: Annotated[Path, _file("where records go; a run goes on after them")] = Path("out/coverage.jsonl"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over, without the records of before")] = False,
+    report: Annotated[Path | None, _file("write the table (.md) here, and its numbers beside it (.json)")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="how many at a time")] = 2,
+    seconds: Annotated[float, typer.Option(min=1, help="the time limit of each")] = 120,
+    memory: Annotated[float, typer.Option(min=0.1, help="the memory limit of each, in GiB")] = 3,
+    debug: Debug = False,
+) -> None:
+    """Build every architecture of transformers tiny, and prove its relevance: docs/architectures.md has the result."""
+    from lxt.coverage.command import cover, selected
+    from lxt.coverage.runner import Limits
+
+    with _silent_libraries("tiny"):
+        subjects = selected(task or (), type_ or (), sample)
+    if list_:
+        print("\n".join(subject.key for subject in subjects))
+        return
+    if fresh:
+        records.unlink(missing_ok=True)
+    found = cover(subjects, records, report, workers, Limits(seconds, int(memory * 2**30)))
+    if not all(record.proven for record in found):
+        raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)

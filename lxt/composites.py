@@ -62,6 +62,7 @@ class Composite:
         router: mixture-of-experts routing weights in `weight * expert(x)`: `uniform` gives the weight its half,
             `stop` takes it as a constant, as `attention="value_only"` does with every softmax.
         linear: the rule of linear and convolution layers; `Epsilon(0)` is the plain gradient.
+        convolution: the rule of convolutions, where it isn't that of linear layers.
         name: how the composite is called in results and messages.
     """
 
@@ -73,6 +74,7 @@ class Composite:
     softmax_temperature: float = 1.0
     router: Router = "uniform"
     linear: Epsilon | Gamma = Epsilon()
+    convolution: Epsilon | Gamma | None = None
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -86,6 +88,11 @@ class Composite:
             raise ValueError(f"Composite(softmax_temperature={self.softmax_temperature!r}) must be > 0")
         if not isinstance(self.linear, (Epsilon, Gamma)):
             raise TypeError(f"Composite(linear={self.linear!r}) must be lxt.Epsilon(...) or lxt.Gamma(...)")
+        if not isinstance(self.convolution, (Epsilon, Gamma, type(None))):
+            raise TypeError(
+                f"Composite(convolution={self.convolution!r}) must be lxt.Epsilon(...) or lxt.Gamma(...), or None, "
+                "which means the rule of linear layers"
+            )
 
     @property
     def conserves(self) -> bool:
@@ -95,7 +102,7 @@ class Composite:
             and self.norm == "identity"
             and self.product != "gradient"
             and self.attention == "value_only"
-            and (isinstance(self.linear, Gamma) or self.linear.epsilon == 0)
+            and all(not isinstance(rule, Epsilon) or rule == Epsilon() for rule in (self.linear, self.convolution))
         )
 
     def but(self, **changes: object) -> Composite:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lxt.mode import UnknownOperation
+from lxt.declarations import declaration_of
+from lxt.unknown import unknown_function
 
 __all__ = ["foreign_functions", "refuse_foreign_functions"]
 
@@ -43,7 +44,7 @@ def refuse_foreign_functions(
                 "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; "
                 "use use_reentrant=False"
             )
-        raise UnknownOperation(name, f" ({function.__module__}, a torch.autograd.Function)")
+        raise unknown_function(function, declaration_of(function) is not None)
 
 
 def foreign_functions(output: Any, inputs: Any) -> Iterator[BackwardCFunction]:

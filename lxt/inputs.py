@@ -73,6 +73,8 @@ class Prepared:
         labels: [batch][token], "" at padding.
         mask: [batch, token], True where there is a token; on the CPU.
         special: [batch, token], True at BOS, separators and their kin; on the CPU.
+        decoder_embeds: [batch, step, hidden], detached; None where the decoder's tokens are no input that is explained.
+        reads_source: the decoder's tokens are the source's, one place to the right, as in classifiers.
     """
 
     embeds: Tensor
@@ -83,13 +85,17 @@ class Prepared:
     labels: list[list[str]]
     mask: Tensor
     special: Tensor
+    decoder_embeds: Tensor | None = None
+    reads_source: bool = False
 
     def arguments(self, model: Model) -> dict[str, Any]:
         """The keyword arguments of the forward, apart from `inputs_embeds`."""
+        by_ids = self.decoder_embeds is not None and self.token_ids is not None  # see lxt.encdec
         given = {
+            "input_ids": self.token_ids.to(self.embeds.device) if by_ids and self.token_ids is not None else None,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
-            "decoder_input_ids": self.decoder_ids,
+            "decoder_input_ids": None if self.reads_source else self.decoder_ids,
             "use_cache": False,
         }
         taken = signature(type(model).forward).parameters
@@ -97,7 +103,7 @@ class Prepared:
 
 
 def task(model: Model) -> str:
-    """What the model's head does: "causal", "masked", "sequence", "token" (classifiers) or "seq2seq".
+    """What the model's head does: "causal", "masked", "sequence", "token", "image" (classifiers) or "seq2seq".
 
     Raises:
         ValueError: the model has no head that can be explained.
@@ -110,6 +116,8 @@ def task(model: Model) -> str:
         "ForMultipleChoice": "",
         "ForPreTraining": "",
     }
+    if any("ForImageClassification" in cls.__name__ for cls in type(model).__mro__):
+        return "image"
     if "inputs_embeds" not in signature(type(model).forward).parameters:
         raise ValueError(
             f"{type(model).__name__} takes no inputs_embeds, which attribute() starts from; use "
@@ -122,7 +130,7 @@ def task(model: Model) -> str:
         )
     for cls in type(model).__mro__:
         for suffix, kind in suffixes.items():
-            if cls.__name__.endswith(suffix) and kind and not (kind == "sequence" and model.config.is_encoder_decoder):
+            if cls.__name__.endswith(suffix) and kind:
                 return kind
             if cls.__name__.endswith(suffix):
                 _no_head(model)

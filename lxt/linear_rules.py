@@ -1,6 +1,6 @@
 """The epsilon and gamma rules for linear maps: z = f(x, weight) + bias, f linear in both.
 
-`f` is passed in, so one definition serves linear layers, addmm and convolutions.
+`f` is passed in, so one definition serves linear layers, convolutions, and what is written as a product of matrices.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lxt.coefficients import wide
 from lxt.composites import Epsilon, Gamma
 
-__all__ = ["LinearMap", "linear"]
+__all__ = ["LinearMap", "learned_product", "linear", "sum_of_product"]
 
 LinearMap = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x, weight, bias) -> z"""
@@ -72,3 +72,62 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, f: LinearMap, rule: E
         return _Gamma.apply(x, weight, bias, f, rule.gamma)
     z = f(x, weight, bias)
     return _Epsilon.apply(z, rule.epsilon) if rule.epsilon else z
+
+
+def learned_product(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Epsilon | Gamma) -> Any:
+    """A product of an activation and a parameter, `x @ weight.T` or an einsum, under `rule`.
+
+    Raises:
+        ValueError: the other factor is no parameter or view of one: attention weights that are constant, or a
+            selection of experts, look the same here and are no linear layer.
+    """
+    if len(args) == 2 and isinstance(args[1], (list, tuple)):  # einsum(equation, operands)
+        args = (args[0], *args[1])
+    places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
+    if len(places) == 2:
+        x_at, weight_at = places if args[places[0]].requires_grad else reversed(places)
+        if args[x_at].requires_grad and _is_learned(args[weight_at]):
+            return linear(args[x_at], args[weight_at], None, _as_map(func, args, kwargs, x_at, weight_at), rule)
+    name = getattr(func, "__name__", func)
+    raise ValueError(
+        f"Composite(linear={rule}) can't reach a linear map that is written as {name} with a factor that is no "
+        "parameter; use linear=Epsilon(), or model.set_experts_implementation('eager') where experts are it, or "
+        "model.set_attn_implementation('sdpa') where it is attention with constant queries"
+    )
+
+
+def sum_of_product(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Epsilon | Gamma) -> Tensor:
+    """A summand plus x W or W x, as torch.addmm and its kin compute it, under `rule`.
+
+    Args:
+        func: torch's function.
+        args: summand, first and second factor, one of which is an activation. A summand that is one too is another
+            term of a sum, and no bias.
+        kwargs: torch's `alpha` and `beta`.
+        rule: of linear maps.
+    """
+    summand = args[0]
+    x_at, weight_at = (1, 2) if args[1].requires_grad else (2, 1)
+    f = _as_map(func, args, kwargs, x_at, weight_at, bias_at=0)
+    if summand.requires_grad:
+        return linear(args[x_at], args[weight_at], None, f, rule) + summand * kwargs.get("beta", 1)
+    return linear(args[x_at], args[weight_at], summand, f, rule)
+
+
+def _is_learned(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+def _as_map(
+    func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], x_at: int, weight_at: int, bias_at: int | None = None
+) -> LinearMap:
+    rest = [None if place in (x_at, weight_at, bias_at) else value for place, value in enumerate(args)]
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        operands = list(rest)
+        operands[x_at], operands[weight_at] = x, weight
+        if bias_at is not None:
+            operands[bias_at] = weight.new_zeros(()) if bias is None else bias
+        return func(*operands, **kwargs)
+
+    return f

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["device_of", "dtype_of", "model_of", "tokenizer_of"]
+from lxt.inputs import task
+from lxt.pixels import sees
+
+__all__ = ["device_of", "dtype_of", "model_of", "processor_of", "tokenizer_of"]
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -56,6 +59,7 @@ def model_of(name: str, dtype: torch.dtype | None) -> Any:
         "ForMaskedLM": transformers.AutoModelForMaskedLM,
         "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
         "ForTokenClassification": transformers.AutoModelForTokenClassification,
+        "ForImageClassification": transformers.AutoModelForImageClassification,
         "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
     }
     config = _fetched(transformers.AutoConfig, name, "model")
@@ -81,6 +85,19 @@ def tokenizer_of(name: str | Path) -> Any:
     import transformers
 
     return _fetched(transformers.AutoTokenizer, str(name), "tokenizer")
+
+
+def processor_of(name: str | Path, model: Any) -> Any:
+    """What prepares this model's inputs: its tokenizer, its processor if it reads and sees, or its image processor.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import transformers
+
+    if task(model) == "image":
+        return _fetched(transformers.AutoImageProcessor, str(name), "image processor")
+    return _fetched(transformers.AutoProcessor, str(name), "processor") if sees(model) else tokenizer_of(name)
 
 
 def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:

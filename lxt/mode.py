@@ -25,23 +25,21 @@ from torch._C import _autograd, _functorch  # pyright: ignore[reportAttributeAcc
 from torch.overrides import TorchFunctionMode
 
 from lxt.composites import Composite
+from lxt.declarations import Declaration, declared_operations
+from lxt.declared_rules import apply, stand_in
 from lxt.operations import Handler, activations, copy_mark, handlers, without_dropout
 from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
+from lxt.unknown import UnknownOperation, unknown_operation, unknown_vmap, where
 
-__all__ = ["RuleMode", "UnknownOperation", "checkpoint_hook", "current_mode", "plain_gradient", "recomputable"]
-
-
-class UnknownOperation(RuntimeError):
-    """An operation without a rule met an activation: relevance through it would be silently wrong."""
-
-    def __init__(self, operation: str, where: str = "") -> None:
-        self.operation = operation
-        super().__init__(
-            f"no rule for {operation!r}{where}, which received an activation that requires grad. "
-            f"If its plain gradient is right (linear, or a selection), declare it: "
-            f'monkey_patch(model, patch_map=replace(patch_map_for(model), operations={{"{operation}": "linear"}})); '
-            'other kinds are "identity" (element-wise with f(0) = 0), "product" and "constant".'
-        )
+__all__ = [
+    "RuleMode",
+    "UnknownOperation",
+    "checkpoint_hook",
+    "current_mode",
+    "plain_gradient",
+    "recomputable",
+    "suspended",
+]
 
 
 @functools.lru_cache(maxsize=32)  # the table takes milliseconds, and a mode is made for each forward
@@ -57,6 +55,8 @@ class RuleMode(TorchFunctionMode):
         self.composite = composite
         self._named = _table(composite, tuple(sorted((operations or {}).items())))
         self._plain = KNOWN | {name for name, kind in (operations or {}).items() if kind == "linear"}
+        self._by_map = frozenset(operations or ())
+        self._declared = {name: rule for name, rule in declared_operations().items() if name not in self._by_map}
         self._resolved: dict[Any, Handler] = {}
         self.suspended = False
         self.recomputable: Callable | None = None  # the checkpoint whose recomputation enters the mode again
@@ -71,15 +71,9 @@ class RuleMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return without_dropout(func, args, kwargs)
-        hook = checkpoint_hook()
-        if hook is not None and hook is not self.recomputable:
-            raise ValueError(
-                f"{operation_name(func)!r}{_where()} runs in a function of its own that is checkpointed, which would "
-                "be recomputed without the rules; checkpoint a module instead, or use "
-                "model.gradient_checkpointing_enable()"
-            )
+        self._refuse_checkpoint_of_a_function(func)
         if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
-            raise UnknownOperation("vmap", _where())  # a batched tensor hides that it requires grad
+            raise unknown_vmap(where())  # a batched tensor hides that it requires grad
         handler = self._resolved.get(func)
         if handler is None:
             handler = self._resolved[func] = self._resolve(func)
@@ -89,8 +83,53 @@ class RuleMode(TorchFunctionMode):
                     raise ValueError(_outside(operation_name(func), value))
         return handler(func, args, kwargs)
 
+    def declared(
+        self, declaration: Declaration, function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A function that the user declared, under its rule; the mode is entered."""
+        if not activations((args, kwargs)):
+            return function(*args, **kwargs)
+        self._refuse_checkpoint_of_a_function(function)
+        if callable(declaration.rule):
+            return stand_in(declaration, function, declaration.rule, args, kwargs)
+
+        def plain(*args: Any, **kwargs: Any) -> Any:
+            with self._approving() as approve, plain_gradient():
+                return approve(function(*args, **kwargs))
+
+        return apply(self.composite, declaration, plain, args, kwargs)
+
+    @contextmanager
+    def _approving(self) -> Iterator[Callable[[Any], Any]]:
+        """Meanwhile autograd functions behind what is handed to `approve` stand under a rule."""
+        start = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
+
+        def approve(result: Any) -> Any:
+            todo = {tensor.grad_fn for tensor in activations(result)}
+            while todo:
+                node = todo.pop()
+                if node is not None and node._sequence_nr() >= start and node not in self.approved:
+                    self.approved.add(node)
+                    todo.update(parent for parent, _ in node.next_functions)
+            return result
+
+        yield approve
+
+    def _refuse_checkpoint_of_a_function(self, func: Callable) -> None:
+        hook = checkpoint_hook()
+        if hook is not None and hook is not self.recomputable:
+            raise ValueError(
+                f"{operation_name(func)!r}{where()} runs in a function of its own that is checkpointed, which would "
+                "be recomputed without the rules; checkpoint a module instead, or use "
+                "model.gradient_checkpointing_enable()"
+            )
+
     def _resolve(self, func: Callable) -> Handler:
         name = operation_name(func)
+        if name in self._declared:
+            return self._run_declared
+        if name in self._by_map:  # one registered with torch.library has an autograd function behind it
+            return functools.partial(self._run_by_map, self._named.get(name, _run))
         if name in self._named:
             return self._named[name]
         if name in MARK_KEEPING:
@@ -101,6 +140,14 @@ class RuleMode(TorchFunctionMode):
             return self._enter_function
         return self._unknown
 
+    def _run_by_map(self, handler: Handler, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._approving() as approve:
+            return approve(handler(func, args, kwargs))
+
+    def _run_declared(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self:
+            return self.declared(self._declared[operation_name(func)], func, args, kwargs)
+
     def _enter_function(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self:
             return torch._C._skip_one_hop_torch_function(func, (), args, kwargs)
@@ -108,7 +155,7 @@ class RuleMode(TorchFunctionMode):
     def _unknown(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if activations((args, kwargs)) and activations(result):
-            raise UnknownOperation(operation_name(func), _where())
+            raise unknown_operation(operation_name(func), where(), (*args, *kwargs.values()))
         return result
 
 
@@ -120,6 +167,12 @@ def _entered_modes() -> list[RuleMode]:
 def current_mode() -> RuleMode | None:
     """The mode that is entered in this thread; patched models enter one at a time."""
     return next(reversed(_entered_modes()), None)
+
+
+def suspended() -> bool:
+    """Whether operations run as they are, as inside something that has a rule as a whole."""
+    mode = current_mode()
+    return mode is not None and mode.suspended
 
 
 def _hidden_activation(value: Any) -> bool:
@@ -167,7 +220,7 @@ def recomputable() -> Iterator[None]:
 
 def _outside(operation: str, parameter: nn.Parameter) -> str:
     return (
-        f"{operation!r}{_where()} met a trainable parameter of shape {tuple(parameter.shape)} that is not the patched "
+        f"{operation!r}{where()} met a trainable parameter of shape {tuple(parameter.shape)} that is not the patched "
         "model's, as of a module in a hook, an adapter or another model: the rules would take it for an activation; "
         "freeze it with requires_grad_(False), or patch a module that holds it too"
     )
@@ -179,15 +232,3 @@ def _run(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _keep_mark(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return copy_mark(args[0] if args else None, func(*args, **kwargs))
-
-
-def _where() -> str:
-    """' in LlamaMLP (modeling_llama.py:164)': the innermost module on the Python stack."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            file = frame.f_code.co_filename.rsplit("/", 1)[-1]
-            return f" in {type(owner).__name__} ({file}:{frame.f_lineno})"
-        frame = frame.f_back
-    return ""

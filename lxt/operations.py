@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lxt import linear_rules, opnames, rules
 from lxt.attention import scaled_dot_product_attention
 from lxt.coefficients import ratio
-from lxt.composites import Composite, Epsilon
+from lxt.composites import Composite, Epsilon, Gamma
 
 __all__ = ["Handler", "activations", "copy_mark", "handlers", "mark", "without_dropout"]
 
@@ -143,11 +143,9 @@ def _pair(composite: Composite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     factors = activations((args, kwargs))
     if len(factors) == 1 and composite.linear != Epsilon() and "weights" not in map(_mark_of, args):
-        raise ValueError(
-            f"Composite(linear={composite.linear}) can't reach a linear map that is written as "
-            f"{opnames.operation_name(func)}; use linear=Epsilon(), or model.set_experts_implementation('eager') where "
-            "experts are it"
-        )
+        return linear_rules.learned_product(func, args, kwargs, composite.linear)
+    if composite.attention == "gradient":
+        return func(*args, **kwargs)
     if len(factors) != 2 or composite.attention == "value_only" or composite.qkv == (0.25, 0.25, 0.5):
         return _shared(func, args, kwargs)
     shares = dict(zip(map(id, factors), _pair(composite, *factors), strict=True))
@@ -169,34 +167,29 @@ _SUM_OPERANDS = ("input self", "mat1 batch1 tensor1 vec1 mat", "mat2 batch2 tens
 
 def _sum_of_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     (summand, a, b, *rest), kwargs = _positional(args, kwargs, *_SUM_OPERANDS)
+    pointwise = opnames.operation_name(func).startswith("addcmul")
+    if composite.linear != Epsilon() and not pointwise and _is_activation(a) != _is_activation(b):
+        if "weights" not in (_mark_of(a), _mark_of(b)):
+            return linear_rules.sum_of_product(func, (summand, a, b, *rest), kwargs, composite.linear)
     if _is_activation(a) and _is_activation(b):
-        if not opnames.operation_name(func).startswith("addcmul"):
+        if not pointwise:
             a, b = _pair(composite, a, b)
         elif composite.product != "gradient":
             a, b = rules.scale_gradient(a, 0.5), rules.scale_gradient(b, 0.5)
     return func(summand, a, b, *rest, **kwargs)
 
 
-def _addmm(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    (bias, x, weight, *rest), kwargs = _positional(args, kwargs, *_SUM_OPERANDS)
-    if composite.linear == Epsilon() or _is_activation(weight):
-        return _sum_of_product(composite, func, (bias, x, weight, *rest), kwargs)
-
-    def f(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return func(weight.new_zeros(()) if bias is None else bias, x, weight, *rest, **kwargs)
-
-    return linear_rules.linear(x, weight, bias, f, composite.linear)
-
-
-def _linear_layer(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _linear_layer(
+    composite: Composite, rule: Epsilon | Gamma, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     (x, weight, *rest), kwargs = _positional(args, kwargs, "input", "weight", "bias")
     if _is_activation(weight):
         x, weight = _pair(composite, x, weight) if _is_activation(x) else (x, weight)
         return func(x, weight, *rest, **kwargs)
-    if composite.linear == Epsilon():
+    if rule == Epsilon():
         return func(x, weight, *rest, **kwargs)
     bias = rest.pop(0) if rest else None
-    return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **kwargs), composite.linear)
+    return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **kwargs), rule)
 
 
 def _division(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -325,13 +318,18 @@ def _group_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return rules.group_norm(*args[:5], **kwargs)
 
 
-def _batch_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training:
+def _batch_norm(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    named = dict(zip(names, args, strict=False)) | kwargs
+    if named.get("training"):
+        if composite.norm == "gradient":
+            return func(*args, **kwargs)
         raise ValueError(
             "BatchNorm in training mode has no rule: its statistics mix the batch; call model.eval() first"
         )
-    return func(*args, **kwargs)
+    _refuse_active_weights("batch_norm", (named.get("weight"), named.get("bias")))
+    statistics = [named.get(name) for name in names[1:5]]
+    return rules.batch_norm(named["input"], *statistics, named.get("eps", 1e-5))
 
 
 def _grid_sampler(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -400,16 +398,17 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
         table.update(dict.fromkeys(names, handler))
 
     table["scaled_dot_product_attention"] = partial(_sdpa, composite)
-    if composite.attention != "gradient":
+    if composite.attention != "gradient" or composite.linear != Epsilon():
         use(opnames.MATRIX_PRODUCTS, partial(_matrix_product, composite))
+    if composite.attention != "gradient":
         use(opnames.SOFTMAX, partial(_softmax, composite))
     elif composite.softmax_temperature != 1:
         use(opnames.SOFTMAX, partial(_softmax, composite))
     if composite.attention == "value_only":
         use(("log_softmax",), _constant)
-    use(opnames.LINEAR_LAYERS, partial(_linear_layer, composite))
+    use(opnames.LINEAR_LAYERS, partial(_linear_layer, composite, composite.convolution or composite.linear))
+    table["linear"] = partial(_linear_layer, composite, composite.linear)
     use(opnames.SUMS_OF_PRODUCT, partial(_sum_of_product, composite))
-    table["addmm"] = partial(_addmm, composite)
     if composite.product != "gradient":
         use(opnames.PRODUCTS, partial(_product, composite))
         use(opnames.POWERS, _power)
@@ -418,7 +417,8 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
         use(opnames.REVERSE_DIVISIONS, _constant)
         use(opnames.NORM_PARTS, partial(_norm_part, composite))
         use(opnames.SCALAR_SUMS, _scalar_sum)
-        table |= {"square": _square, "glu": _glu, "batch_norm": _batch_norm, "grid_sampler": _grid_sampler}
+        table |= {"square": _square, "glu": _glu, "grid_sampler": _grid_sampler}
+    table["batch_norm"] = partial(_batch_norm, composite)
     if composite.norm == "identity":
         use(opnames.NORM_PARTS, _constant)
         table |= {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm}

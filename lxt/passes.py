@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lxt.audit import audit
 from lxt.coefficients import wide
 from lxt.composites import Composite
-from lxt.inputs import Model, Row, offender, prepare, task
+from lxt.encdec import FromIds, forward, inputs_of, shifted, with_prefix
+from lxt.inputs import Model, Prepared, Row, offender, prepare, task
 from lxt.interfaces import SEEN_BY_THE_MODE
 from lxt.lastlayer import only_at
 from lxt.latents import capture, residual_layers, sites
@@ -45,6 +46,7 @@ class Result:
         token_ids: [batch, token], or None.
         mask: [batch, token].
         special: [batch, token].
+        prefix: [batch], the relevance of the decoder's own tokens; None where there are none.
     """
 
     relevance: Tensor
@@ -56,6 +58,7 @@ class Result:
     token_ids: Tensor | None
     mask: Tensor
     special: Tensor
+    prefix: Tensor | None = None
 
 
 def run(
@@ -83,8 +86,8 @@ def run(
     """
     # An outer no_grad or inference_mode is the caller's habit around models, and would leave nothing to explain.
     with torch.inference_mode(False), torch.enable_grad():
-        prepared = prepare(rows, model, tokenizer)
-        embeds = prepared.embeds.requires_grad_()
+        prepared = with_prefix(prepare(rows, model, tokenizer), model)
+        leaves = [leaf.requires_grad_() for leaf in inputs_of(prepared).values()]
         where = _places(rows, goals, task(model))
         last = _last_layer(model, patch_map, latents, goals)
         with (
@@ -93,7 +96,7 @@ def run(
             only_at(last, where),
             patch(),
         ):
-            output = model(inputs_embeds=embeds, **prepared.arguments(model))
+            output = forward(model, prepared)
             logits = finish(output.logits if hasattr(output, "logits") else output[0])
             if not logits.requires_grad:
                 raise ValueError(
@@ -103,13 +106,17 @@ def run(
             if not logits.isfinite().all():
                 raise ValueError(f"the logits of {type(model).__name__} are not finite: {offender(model)}")
             values, filled = evaluate(logits, goals)
-            (gradient,) = torch.autograd.grad(values.sum(), embeds)
-    dtype = wide(embeds.dtype)
-    relevance = (embeds.detach().to(dtype) * gradient.to(dtype)).sum(-1).cpu()
+            gradients = torch.autograd.grad(values.sum(), leaves)
+    dtype = wide(leaves[0].dtype)
+    parts = [
+        (leaf.detach().to(dtype) * gradient.to(dtype)).sum(-1).cpu()
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+    ]
+    relevance, prefix = _by_token(parts, prepared)
     if not relevance[prepared.mask].isfinite().all():
         raise ValueError(
             f"the relevance is not finite, though the logits of {type(model).__name__} are: the backward overflows in "
-            f"{embeds.dtype}; load the model with dtype='bfloat16' or 'float32'"
+            f"{leaves[0].dtype}; load the model with dtype='bfloat16' or 'float32'"
         )
     return Result(
         relevance=relevance.masked_fill(~prepared.mask, 0),
@@ -121,7 +128,18 @@ def run(
         token_ids=prepared.token_ids,
         mask=prepared.mask,
         special=prepared.special,
+        prefix=prefix,
     )
+
+
+def _by_token(parts: Sequence[Tensor], prepared: Prepared) -> tuple[Tensor, Tensor | None]:
+    """The relevance of the prompt's tokens, [batch, token], and of the decoder's own tokens, [batch]."""
+    if len(parts) == 1:
+        return parts[0], None
+    if not prepared.reads_source:
+        return parts[0], parts[1].sum(-1)
+    again, start = shifted(parts[1])
+    return parts[0] + again, start
 
 
 def audited(
@@ -129,17 +147,19 @@ def audited(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The rows' relevance by the auditor, all logits computed, [batch, token]; and the operations unknown to it."""
     with torch.inference_mode(False), torch.enable_grad():
-        prepared = prepare(rows, model, tokenizer)
+        prepared = with_prefix(prepare(rows, model, tokenizer), model)
         where = _places(rows, goals, task(model))
-        inputs = {"inputs_embeds": prepared.embeds, **prepared.arguments(model)}
+        explained = inputs_of(prepared)
+        called = model if prepared.decoder_embeds is None else FromIds(model)
         with narrowed(None, where) as finish:
 
             def target(output: Any) -> Tensor:
                 logits = finish(output.logits if hasattr(output, "logits") else output[0])
                 return evaluate(logits, goals)[0].sum()
 
-            found = audit(model, inputs, target, rules)
-    return found.relevance["inputs_embeds"].sum(-1).cpu().masked_fill(~prepared.mask, 0), found.unknown
+            found = audit(called, explained | prepared.arguments(model), target, rules, wrt=tuple(explained))
+    relevance, _ = _by_token([found.relevance[name].sum(-1).cpu() for name in explained], prepared)
+    return relevance.masked_fill(~prepared.mask, 0), found.unknown
 
 
 def _places(rows: Sequence[Row], goals: Sequence[Goal], kind: str) -> Tensor:

@@ -17,17 +17,21 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from lxt.compiling import call_eagerly, eager_caller, is_compiled, make_uncompiled, uncompiled
 from lxt.composites import Composite, resolve
+from lxt.declarations import Declaration, declaration_of
+from lxt.declaring import run_declared
 from lxt.graph import refuse_foreign_functions
 from lxt.holds import Holds, make_constant, make_still
 from lxt.interfaces import SEEN_BY_THE_MODE, rewired_forward, uses_interface
-from lxt.mode import RuleMode, checkpoint_hook, recomputable
+from lxt.mode import RuleMode, checkpoint_hook, recomputable, suspended
 from lxt.operations import activations
 from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
@@ -200,7 +204,7 @@ class _ModelPatch(_Patch):
         self._map = patch_map_for(model) if patch_map is None else patch_map
         self._mode = functools.partial(mode, composite, self._map.operations)
         self._mode()  # a wrong declaration fails here and not in the first forward
-        self._holds, self._still = Holds(), Holds()
+        self._holds, self._still, self._compiled = Holds(), Holds(), Holds()
         self.fused: dict[str, int] = {}
         try:
             for module in model.modules():
@@ -217,6 +221,14 @@ class _ModelPatch(_Patch):
 
     def _patch_module(self, module: nn.Module, is_target: bool) -> None:
         name = type(module).__name__
+        if is_compiled(module):
+            self._undo.callback(swap_forward(module, lambda _: _call_uncompiled))
+        declaration = declaration_of(module)
+        if declaration is not None:
+            self._undo.callback(swap_forward(module, self._declared(declaration)))
+            self.fused[f"{name} as declared"] = self.fused.get(f"{name} as declared", 0) + 1
+            self._let_enter(module, is_target)
+            return
         factory = (self._map.forwards.get(name) if _is_own(module) else None) or fence_for(module)
         forward = factory(module, self.composite) if factory else None
         if forward is None and self._rewire and uses_interface(module):
@@ -224,13 +236,31 @@ class _ModelPatch(_Patch):
         if forward is not None:
             self._undo.callback(swap_forward(module, self._fused(forward)))
             self.fused[name] = self.fused.get(name, 0) + 1
+        self._let_enter(module, is_target)
+
+    def _let_enter(self, module: nn.Module, is_target: bool) -> None:
         if is_target or _is_entry(module):
             self._undo.callback(swap_forward(module, self._entry))
+
+    def _declared(self, declaration: Declaration) -> Callable[[Callable], Callable]:
+        rule = declaration.rule
+
+        def make(previous: Callable) -> Callable:
+            def declared_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                own = functools.partial(previous, module)
+                if not self.active:
+                    return own(*args, **kwargs)
+                mine = replace(declaration, rule=functools.partial(rule, module)) if callable(rule) else declaration
+                return run_declared(mine, own, args, kwargs)
+
+            return declared_forward
+
+        return make
 
     def _fused(self, forward: Callable) -> Callable[[Callable], Callable]:
         def make(previous: Callable) -> Callable:
             def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                if self.active and torch.is_grad_enabled():
+                if self.active and torch.is_grad_enabled() and not suspended():
                     return forward(module, *args, **kwargs)
                 return previous(module, *args, **kwargs)
 
@@ -239,11 +269,15 @@ class _ModelPatch(_Patch):
         return make
 
     def _entry(self, previous: Callable) -> Callable:
+        untraced = eager_caller()
+
         def entered_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return previous(module, *args, **kwargs)
+            if torch.compiler.is_dynamo_compiling():
+                return untraced(entered_forward, module, *args, **kwargs)
             if _RUNNING.get() is None:
-                return self.run(module, previous, args, kwargs)
+                return call_eagerly(self.run, module, previous, args, kwargs)
             if checkpoint_hook() is None:
                 return previous(module, *args, **kwargs)
             with recomputable():
@@ -268,6 +302,7 @@ class _ModelPatch(_Patch):
             with (
                 self._holds.hold(module.parameters(), make_constant),
                 self._still.hold(modules, make_still),
+                self._compiled.hold(modules, make_uncompiled),
                 self._holds.hold(modules if torch.is_grad_enabled() else (), self._checkpoint_under_rules),
                 self._mode() as mode,
             ):
@@ -325,10 +360,16 @@ class _ClassesPatch(_Patch):
         return f"{self._name} under {self.composite.name!r}: {', '.join(self.classes)}"
 
     def _entry(self, previous: Callable) -> Callable:
+        untraced = eager_caller()
+
         def entered_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self.active or _RUNNING.get() is not None:
+            if not self.active:
                 return previous(model, *args, **kwargs)
-            return self._adopt(model).run(model, previous, args, kwargs)
+            if torch.compiler.is_dynamo_compiling():
+                return untraced(entered_forward, model, *args, **kwargs)
+            if _RUNNING.get() is not None:
+                return previous(model, *args, **kwargs)
+            return call_eagerly(self._adopt(model).run, model, previous, args, kwargs)
 
         return entered_forward
 
@@ -340,6 +381,10 @@ class _ClassesPatch(_Patch):
             patch = _ModelPatch(model, self.composite, self._map)
             self._undo.callback(_remove_if_alive, weakref.ref(patch))
             return patch
+
+
+def _call_uncompiled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return uncompiled(module)(*args, **kwargs)
 
 
 def _own(module: Any, patch: _Patch) -> None:

@@ -18,6 +18,7 @@ from lxt.coefficients import COEFFICIENTS, Coefficient, wide
 
 __all__ = [
     "NormStyle",
+    "batch_norm",
     "gated_product",
     "glu",
     "group_norm",
@@ -176,6 +177,41 @@ def group_norm(
         weight: [channel]
     """
     return _GroupNorm.apply(x, groups, weight, bias, eps)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        rstd = torch.rsqrt(variance.to(wide(variance.dtype)) + eps)
+        ctx.save_for_backward(rstd if weight is None else rstd * weight)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (scale,) = ctx.saved_tensors
+        return (c_y * scale.view(-1, *[1] * (c_y.dim() - 2))).to(c_y.dtype), None, None, None, None, None
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """BatchNorm by its running statistics, a linear map: c_x = c_y * weight / sigma.
+
+    Not left to torch, whose backward on the CPU is wrong for one sample and a gradient in another memory format than
+    x, as a `flatten(2).transpose(1, 2)` behind the norm makes it (torch 2.13).
+
+    Args:
+        x: [batch, channel, ...]
+        mean: [channel], as `variance`, `weight` and `bias`.
+    """
+    return _BatchNorm.apply(x, mean, variance, weight, bias, eps)
 
 
 def rms_norm_function(

@@ -139,7 +139,7 @@ class _Resolver:
 
     @property
     def classifies(self) -> bool:
-        return self.task in ("sequence", "token")
+        return self.task in ("sequence", "token", "image")
 
     def goal(self, target: Target, row: Row) -> tuple[Row, Goal]:
         ids: tuple[int, ...] = self.ids(target.token, "target") if target.token is not None else ()
@@ -259,7 +259,7 @@ class _Resolver:
         return ids
 
     def position(self, target: Target, row: Row) -> int:
-        if self.task == "sequence":
+        if self.task in ("sequence", "image"):
             if target.position is not None:
                 raise ValueError(f"{type(self.model).__name__} has one output for the whole prompt; leave position out")
             return 0
@@ -308,7 +308,7 @@ def _vocabulary(model: Model) -> int:
 
 def name_of(token: int, model: Model, tokenizer: Any = None) -> str:
     """How a token, or a class, is called."""
-    if task(model) in ("sequence", "token"):
+    if task(model) in ("sequence", "token", "image"):
         return str((model.config.id2label or {}).get(token, token))
     return display([token], tokenizer)[0][0]
 

@@ -269,10 +269,12 @@ def test_an_encoder_decoder_is_explained_by_its_source():
     assert out.latents["residual"].shape == (LAYERS, 3, 7)
     for row, prompt in enumerate(PROMPTS):
         embeds = model.get_input_embeddings()(torch.tensor([prompt])).detach().requires_grad_()
+        prefix = model.get_input_embeddings()(torch.tensor([[0, 7]])).detach().requires_grad_()
         with monkey_patch(model):
-            logits = model(inputs_embeds=embeds, decoder_input_ids=torch.tensor([[0, 7]])).logits
+            logits = model(inputs_embeds=embeds, decoder_inputs_embeds=prefix).logits
             (logits[0, 0].log_softmax(-1)[7] + logits[0, 1].log_softmax(-1)[8]).backward()
         assert_close(out[row].relevance[0], (embeds.grad * embeds.detach()).sum(-1)[0])
+        assert out.explained[row].prefix == pytest.approx(float((prefix.grad * prefix.detach()).sum()), rel=1e-4)
 
 
 # The model stays what it was

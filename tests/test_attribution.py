@@ -267,7 +267,8 @@ def test_to_dict_is_strict_json_without_padding(batch: Attribution) -> None:
     assert [len(row["tokens"]) for row in told["rows"]] == [3, 10]
     assert told["rows"][1]["tokens"][1:] == HOSTILE
     assert told["rows"][0]["relevance"] == batch[0].relevance[0].tolist()
-    assert told["rows"][0]["explained"] == {"label": "' word0'", "kind": "logit", "value": 14.0, "position": 2}
+    explained = {"label": "' word0'", "kind": "logit", "value": 14.0, "position": 2, "prefix": None}
+    assert told["rows"][0]["explained"] == explained
     assert told["rows"][0]["latents"]["residual"] == batch[0].latents["residual"][:, 0].tolist()
     assert "latents" not in batch.to_dict()["rows"][0]
 

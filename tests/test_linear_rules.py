@@ -35,7 +35,7 @@ def shares(contributions: list[float], bias: float, rule: Epsilon | Gamma) -> li
 
 
 def linear_relevance(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, rule: Epsilon | Gamma) -> Tensor:
-    result = torch.zeros_like(x)
+    x, result = x.detach(), torch.zeros_like(x)
     for n, i in itertools.product(range(x.shape[0]), range(weight.shape[0])):
         parts = [float(x[n, j] * weight[i, j]) for j in range(x.shape[1])]
         for j, share in enumerate(shares(parts, 0.0 if bias is None else float(bias[i]), rule)):
@@ -201,3 +201,85 @@ def test_forward_in_every_dtype_and_strided(rule, dtype):
     assert torch.equal(linear(x, weight, bias, F.linear, rule), F.linear(x, weight, bias))
     y = linear(x[:0], weight, bias, F.linear, rule)
     assert torch.autograd.grad(y.sum(), x)[0].eq(0).all()
+
+
+@pytest.mark.parametrize(("convolution", "rule"), [(None, Gamma(0.25)), (Gamma(1.0), Gamma(1.0)), (Epsilon(), None)])
+def test_convolutions_may_have_a_rule_of_their_own(convolution, rule):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(2, 3, 2).double().requires_grad_(False), torch.randn(1, 2, 3, 3).double().requires_grad_()
+    head = torch.randn(2, 3, dtype=torch.float64)
+    with RuleMode(ATTN_LRP.but(linear=Gamma(0.25), convolution=convolution)):
+        y = layer(x)
+        z = F.linear(y.detach().mean((2, 3)).requires_grad_(), head)
+    if rule is None:
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(layer(x).sum(), x)[0])
+    else:
+        check(y, layer(x), x, lambda r: convolution_relevance(x, layer.weight, layer.bias, r, rule, 1, 0))
+    assert "Gamma" in type(z.grad_fn).__name__  # linear layers keep theirs
+
+
+# -- linear layers that are written as products of matrices
+
+# weight: [4, 5], a parameter. Each gives x @ weight: [..., 5], from x: [3, 4].
+WRITTEN = {
+    "x @ W": lambda x, weight: x @ weight,
+    "matmul by hand of a transpose": lambda x, weight: torch.matmul(weight.T, x.T).T,
+    "mm": lambda x, weight: torch.mm(x, weight),
+    "bmm": lambda x, weight: torch.bmm(x[None], weight.expand(1, -1, -1))[0],
+    "einsum": lambda x, weight: torch.einsum("ni,io->no", x, weight),
+    "einsum of a list": lambda x, weight: torch.einsum("io,ni->no", [weight, x]),
+    "tensordot": lambda x, weight: torch.tensordot(x, weight, dims=1),
+    "inner": lambda x, weight: torch.inner(x, weight.T),
+    "mv": lambda x, weight: torch.stack([torch.mv(weight.T, row) for row in x]),
+    "addmm": lambda x, weight: torch.addmm(torch.zeros(5, dtype=x.dtype), x, weight),
+    "addmm, the weight first": lambda x, weight: torch.addmm(torch.zeros(3, dtype=x.dtype), weight.T, x.T).T,
+    "addmv": lambda x, weight: torch.stack([torch.addmv(torch.zeros(5).to(x), weight.T, row) for row in x]),
+    "baddbmm": lambda x, weight: torch.baddbmm(torch.zeros(1, 1, 5).to(x), x[None], weight[None])[0],
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("attention", ["uniform", "value_only", "gradient"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_product_with_a_parameter_is_a_linear_layer(name, attention, rule):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = nn.Parameter(torch.randn(4, 5, dtype=torch.float64), requires_grad=False)
+    with RuleMode(ATTN_LRP.but(linear=rule, attention=attention)):
+        y = WRITTEN[name](x, weight)
+    check(y, WRITTEN[name](x, weight), x, lambda r: linear_relevance(x, weight.T, None, r, rule))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_summand_that_is_an_activation_is_a_term_of_the_sum(rule):
+    torch.manual_seed(0)
+    x, residual = torch.randn(3, 4).double().requires_grad_(), torch.randn(3, 5).double().requires_grad_()
+    weight = torch.randn(4, 5, dtype=torch.float64)
+    with RuleMode(ATTN_LRP.but(linear=rule)):
+        y = torch.addmm(residual, x, weight, beta=2.0)
+    torch.testing.assert_close(y, torch.addmm(residual, x, weight, beta=2.0), rtol=1e-14, atol=1e-14)
+    c_y = torch.randn(3, 5, dtype=torch.float64)
+    c_x, c_residual = torch.autograd.grad(y, (x, residual), c_y)
+    assert torch.equal(c_residual, 2 * c_y)
+    with torch.no_grad():
+        expected = linear_relevance(x, weight.T, None, (x @ weight) * c_y, rule)
+        torch.testing.assert_close(x * c_x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_product_with_another_constant_is_refused():
+    x, constant = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
+    for product in (lambda: x @ constant, lambda: torch.einsum("ni,io,o->n", x, constant, constant[0])):
+        with RuleMode(ATTN_LRP.but(linear=Gamma())), pytest.raises(ValueError, match="factor that is no parameter"):
+            product()
+    with RuleMode(ATTN_LRP):
+        torch.testing.assert_close(torch.autograd.grad((x @ constant).sum(), x)[0], constant.sum(1).expand(3, 4))
+
+
+def test_attention_weights_are_no_linear_layer():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with RuleMode(ATTN_LRP.but(linear=Gamma(), attention="value_only")):
+        weights = torch.softmax(x @ x.T, -1)
+        assert not weights.requires_grad
+        for y in (weights @ x, torch.addmm(torch.zeros(4, dtype=x.dtype), weights, x)):
+            torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], weights.sum(0)[:, None].expand(3, 4))

@@ -194,7 +194,7 @@ def test_an_unknown_operation_is_an_error_that_names_it_and_its_module(name):
     with RuleMode(ATTN_LRP), pytest.raises(UnknownOperation, match=rf"'{name}' in Odd \(test_mode\.py:\d+\)") as error:
         Odd()(x)
     assert error.value.operation == name
-    assert f'operations={{"{name}": "linear"}}' in str(error.value)
+    assert f'lxt.declare("{name}", "linear")' in str(error.value)
     with RuleMode(GRADIENT), pytest.raises(UnknownOperation):
         Odd()(x)
 

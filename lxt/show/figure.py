@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lxt.attribution import Attribution
 
-__all__ = ["Block", "Word", "picture", "save", "text_pages"]
+__all__ = ["Block", "Word", "colormap", "drawable", "families", "figure_of", "picture", "save", "text_pages"]
 
 Color = colors.RGB | None
 Word = tuple[str, Color]  # what to print, and its background
@@ -71,18 +71,18 @@ def picture(
         raise ValueError(f"a picture holds 1 to {_ROWS} rows, got {len(attribution)}; draw one: out[i].plot(path)")
     prepared = list(rows(attribution, special, scale_special))
     sizes = [_size(row) for row in prepared]
-    figure = _figure(max(width for width, _ in sizes), sum(height for _, height in sizes))
+    figure = figure_of(max(width for width, _ in sizes), sum(height for _, height in sizes))
     grid = figure.add_gridspec(len(prepared), 1, height_ratios=[height for _, height in sizes])
     for place, row in enumerate(prepared):
         axes = figure.add_subplot(grid[place])
         draw = _bars if row.layers is None else _layers
         draw(axes, row, normalise)
         title = f"What speaks for {row.target}?   {row.value}\n"
-        axes.set_title(_drawable(title), loc="left", fontsize=12, color=_INK, parse_math=False, family=_families())
+        axes.set_title(drawable(title), loc="left", fontsize=12, color=_INK, parse_math=False, family=families())
         note = "  ·  ".join([row.conserved, f"{shorten(row.model)}, {shorten(row.rules)}"])
         note += "  ·  grey: special tokens, not coloured" if any(row.muted) else ""
-        quiet = {"fontsize": 9, "color": _QUIET, "parse_math": False, "family": _families()}
-        axes.annotate(_drawable(note), (0, 1), (0, 5), "axes fraction", "offset points", **quiet)
+        quiet = {"fontsize": 9, "color": _QUIET, "parse_math": False, "family": families()}
+        axes.annotate(drawable(note), (0, 1), (0, 5), "axes fraction", "offset points", **quiet)
     return figure
 
 
@@ -116,19 +116,19 @@ def text_pages(blocks: Sequence[Block]) -> bytes:
 def _text(block: Block) -> Iterator[Figure]:
     """Words on coloured backgrounds, wrapped like a paragraph; a line break in a word is one in the picture."""
     width, margin, lead = 8.0, 0.3, 0.34  # inches
-    look = {"fontsize": 13, "parse_math": False, "family": _families(), "va": "baseline"}
+    look = {"fontsize": 13, "parse_math": False, "family": families(), "va": "baseline"}
     quiet = {**look, "fontsize": 9.5, "color": _QUIET}
     head, foot = [*block.head], [*block.foot]
     for lines in _pages(_wrapped(block.words, width - 2 * margin, look)):
         top = margin + 0.26 * len(head) + (0.12 if head else 0)
         height = top + lead * len(lines) + 0.24 * len(foot) + margin
-        figure = _figure(width, height, constrained=False)
+        figure = figure_of(width, height, constrained=False)
         for number, text in enumerate(head):
             style = quiet if number else {**look, "fontsize": 12, "color": _INK}
-            figure.text(margin / width, 1 - (margin + 0.26 * number + 0.1) / height, _drawable(text), **style)
+            figure.text(margin / width, 1 - (margin + 0.26 * number + 0.1) / height, drawable(text), **style)
         for number, text in enumerate(foot):
             base = (margin + 0.24 * (len(foot) - 1 - number)) / height
-            figure.text(margin / width, base, _drawable(text), **quiet)
+            figure.text(margin / width, base, drawable(text), **quiet)
         for number, line in enumerate(lines):
             base = 1 - (top + lead * number + 0.22) / height
             for piece, background, left, length in line:
@@ -150,7 +150,7 @@ def _pages(lines: list[list]) -> Iterator[list[list]]:
 
 def _wrapped(words: Sequence[Word], most: float, look: dict) -> list[list[tuple[str, Color, float, float]]]:
     """Lines of (text, background, left, width), in inches."""
-    figure = _figure(8.0, 1.0, constrained=False)
+    figure = figure_of(8.0, 1.0, constrained=False)
     known: dict[str, float] = {}
 
     def inches(text: str) -> float:
@@ -166,7 +166,7 @@ def _wrapped(words: Sequence[Word], most: float, look: dict) -> list[list[tuple[
     lines: list[list[tuple[str, Color, float, float]]] = [[]]
     x = 0.0
     for word, background in words:
-        text = _drawable(word.rstrip("\n"))
+        text = drawable(word.rstrip("\n"))
         core = text.lstrip(" ") or text
         x += inches(" ") * (len(text) - len(core)) if lines[-1] else 0.0
         for piece in pieces(core):
@@ -189,7 +189,8 @@ def _inches(figure: Figure, text: str, look: dict) -> float:
     return width
 
 
-def _figure(width: float, height: float, constrained: bool = True) -> Figure:
+def figure_of(width: float, height: float, constrained: bool = True) -> Figure:
+    """A figure of that many inches, without pyplot."""
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)
     return figure
@@ -214,7 +215,7 @@ def _layers(axes: Axes, row: Row, normalise: str) -> None:
         end = row.scale or float(np.nanmax(np.abs(shown), initial=0.0)) or 1.0
         name = f"relevance ({unit(row.explained.kind)})"
     beyond = bool((np.nan_to_num(np.abs(shown)) > end * 1.001).any())
-    image = axes.imshow(shown, cmap=_colormap(), norm=Normalize(-end, end), aspect="auto", origin="lower")
+    image = axes.imshow(shown, cmap=colormap(), norm=Normalize(-end, end), aspect="auto", origin="lower")
     for column in np.flatnonzero(muted):
         axes.axvspan(column - 0.5, column + 0.5, facecolor="#eceef1", edgecolor="#c9cdd4", hatch="////", linewidth=0)
     axes.set_xticks(np.arange(-0.5, len(labels)), minor=True)
@@ -256,10 +257,10 @@ def _bars(axes: Axes, row: Row, normalise: str) -> None:
 
 def _label(axes: Axes, labels: list[str], width: int) -> None:
     size, angle = (10, 55) if len(labels) <= 40 else (8, 90) if len(labels) <= 100 else (7, 90)
-    words = [_drawable(listed(label, 16, note=False)) for label in labels]
+    words = [drawable(listed(label, 16, note=False)) for label in labels]
     axes.set_xticks(range(len(words)), words)
     for tick in axes.get_xticklabels():
-        tick.set(fontsize=size, rotation=angle, rotation_mode="anchor", parse_math=False, fontfamily=_families())
+        tick.set(fontsize=size, rotation=angle, rotation_mode="anchor", parse_math=False, fontfamily=families())
         tick.set(horizontalalignment="right", verticalalignment="center")
     axes.tick_params(which="both", length=0, pad=6)
     axes.spines[:].set_visible(False)
@@ -268,24 +269,26 @@ def _label(axes: Axes, labels: list[str], width: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _colormap() -> LinearSegmentedColormap:
+def colormap() -> LinearSegmentedColormap:
+    """The house's diverging scale, for scores in [-end, end]."""
     steps = [colors.css(colors.diverging(step / 32)) for step in range(-32, 33)]
     return LinearSegmentedColormap.from_list("lxt", steps)
 
 
 @lru_cache(maxsize=1)
-def _families() -> list[str]:
+def families() -> list[str]:
+    """The installed fonts that cover much, in order of preference."""
     installed = {entry.name for entry in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in _FALLBACKS if name in installed)]
 
 
 @lru_cache(maxsize=1)
 def _characters() -> frozenset[int]:
-    paths = (font_manager.findfont(name) for name in _families())
+    paths = (font_manager.findfont(name) for name in families())
     return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """The text with a box for each character that no font has; joiners only shape what is beside them."""
     have = _characters()
     keep = "\n\u200c\u200d\ufe0e\ufe0f"

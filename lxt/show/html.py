@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from lxt.show.words import amount, direction, listed, shorten, signed, visible
 if TYPE_CHECKING:
     from lxt.attribution import Attribution
 
-__all__ = ["fragment", "page"]
+__all__ = ["boxed", "document", "fragment", "isolated", "legend", "page", "ranking", "running", "text"]
 
 _TOP = 10
 _CELLS = 24_000  # of the heatmaps of one page together; at about 90 bytes each the page stays near 2 MB
@@ -31,22 +32,26 @@ _FOCUSABLE = 400  # tokens reachable by keyboard; with more, only coloured ones 
 def page(attribution: Attribution, special: bool = True, scale_special: bool = False) -> str:
     """The whole page; options as in `Attribution.show`."""
     prepared = list(rows(attribution, special, scale_special))
+    title = f"{prepared[0].target} explained" if len(prepared) == 1 else f"{len(prepared)} explanations"
+    body = "\n".join([_contents(prepared), *_sections(prepared)])
+    return document(title, body, attribution.model, attribution.rules, attribution.versions)
+
+
+def document(title: str, body: str, model: str, rules: str, versions: Mapping[str, str]) -> str:
+    """A page of the house around sections of HTML."""
     sheet = style.fragment() + style.PAGE
     digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"  # no " in it
-    title = f"{prepared[0].target} explained" if len(prepared) == 1 else f"{len(prepared)} explanations"
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width,initial-scale=1">',
             '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">',
-            f"<title>{_text(title)}</title>\n<style>{sheet}</style>\n</head>",
-            f'<body class="lxt">\n<header>lxt · model {_isolated(attribution.model)} · '
-            f"rules {_isolated(attribution.rules)}</header>\n<main>",
-            _contents(prepared),
-            *_sections(prepared),
-            f"<footer>{_versions(attribution)}</footer>\n</main>\n</body>\n</html>\n",
+            f"<title>{text(title)}</title>\n<style>{sheet}</style>\n</head>",
+            f'<body class="lxt">\n<header>lxt · model {isolated(model)} · rules {isolated(rules)}</header>\n<main>',
+            body,
+            f"<footer>{_versions(versions)}</footer>\n</main>\n</body>\n</html>\n",
         ]
     )
 
@@ -56,24 +61,30 @@ def fragment(attribution: Attribution, limit: int, special: bool = True, scale_s
     prepared = [row for row, _ in zip(rows(attribution, special, scale_special), range(limit), strict=False)]
     more = len(attribution) - len(prepared)
     left = f"<p class=quiet>{more} more rows: out[{limit}] and on, or out.to_html(path)</p>" if more > 0 else ""
-    where = f"<p class=quiet>model {_isolated(attribution.model)} · rules {_isolated(attribution.rules)}</p>"
+    return boxed("".join([*_sections(prepared), left]), attribution.model, attribution.rules)
+
+
+def boxed(body: str, model: str, rules: str) -> str:
+    """Sections of HTML with their style, for a notebook's output cell."""
+    where = f"<p class=quiet>model {isolated(model)} · rules {isolated(rules)}</p>"
     box = "padding:1rem 1.2rem;border-radius:.5rem"
-    body = "".join([where, *_sections(prepared), left])
-    return f'<style>{style.fragment()}</style><div class="lxt" style="{box}">{body}</div>'
+    return f'<style>{style.fragment()}</style><div class="lxt" style="{box}">{where}{body}</div>'
 
 
-def _text(text: str) -> str:
-    return escape(visible(text), quote=True)
+def text(raw: str) -> str:
+    """Text for HTML, with every character visible."""
+    return escape(visible(raw), quote=True)
 
 
-def _isolated(text: str) -> str:
-    return f"<bdi>{escape(shorten(text, 200), quote=True)}</bdi>"
+def isolated(raw: str) -> str:
+    """The same where its direction must not reach what is beside it."""
+    return f"<bdi>{escape(shorten(raw, 200), quote=True)}</bdi>"
 
 
 def _contents(prepared: list[Row]) -> str:
     if len(prepared) < 2:
         return ""
-    links = (f'<li><a href="#row{row.number}">{_isolated(row.target)} {_text(row.value)}</a></li>' for row in prepared)
+    links = (f'<li><a href="#row{row.number}">{isolated(row.target)} {text(row.value)}</a></li>' for row in prepared)
     return f"<nav><ol>{''.join(links)}</ol></nav>"
 
 
@@ -83,18 +94,18 @@ def _sections(prepared: list[Row]) -> list[str]:
 
 
 def _section(row: Row, budget: int, count: int) -> str:
-    predicted = f"<p>The model predicts {_isolated(row.predicted)}</p>" if row.predicted else ""
-    note = f" <span class=quiet>· {_text(row.note)}</span>" if row.note else ""
+    predicted = f"<p>The model predicts {isolated(row.predicted)}</p>" if row.predicted else ""
+    note = f" <span class=quiet>· {text(row.note)}</span>" if row.note else ""
     which = f"{row.number + 1} of {count} · " if count > 1 else ""
     return "\n".join(
         [
             f'<section id="row{row.number}">',
-            f"<h2>{which}What speaks for {_isolated(row.target)}? <small>{_text(row.value)}</small></h2>",
-            _running(row),
-            _legend(row),
+            f"<h2>{which}What speaks for {isolated(row.target)}? <small>{text(row.value)}</small></h2>",
+            running(row),
+            legend(row),
             predicted,
-            f"<p>{_text(row.conserved)}{note}</p>",
-            _ranking(row),
+            f"<p>{text(row.conserved)}{note}</p>",
+            ranking(row),
             _heatmap(row, budget),
             _all_tokens(row),
             "</section>",
@@ -102,7 +113,8 @@ def _section(row: Row, budget: int, count: int) -> str:
     )
 
 
-def _running(row: Row) -> str:
+def running(row: Row) -> str:
+    """The row's tokens as coloured running text."""
     few = len(row.tokens) <= _FOCUSABLE
     out = []
     for i, token in enumerate(row.tokens):
@@ -113,21 +125,23 @@ def _running(row: Row) -> str:
         word = token.lstrip(" ") or token  # the space before a word stays outside its box
         body = escape(shorten(word) if word else "∅", quote=True)
         spaces = " " * (len(token) - len(word))
-        out.append(f'{spaces}<span class="t {shade}"{tab} title="{_text(title)}">{body}</span>')
+        out.append(f'{spaces}<span class="t {shade}"{tab} title="{text(title)}">{body}</span>')
         if "\n" in token and token != row.tokens[i - 1 if i else 0]:
             out.append("\n")
     return f'<div class="text" dir="{direction(row.tokens)}">{"".join(out)}</div>'
 
 
-def _legend(row: Row) -> str:
+def legend(row: Row) -> str:
+    """The colour scale."""
     steps = range(-style.STEPS, style.STEPS + 1, 2)
     bar = "".join(f'<i class="{style.shade(step / style.STEPS)}"></i>' for step in steps)
-    end, name = amount(row.scale), _text(unit(row.explained.kind))
+    end, name = amount(row.scale), text(unit(row.explained.kind))
     bar = f'<span class="bar" role="img" aria-label="colour scale from minus {end} to plus {end}">{bar}</span>'
     return f'<div class="key"><span>lowers −{end}</span>{bar}<span>+{end} raises</span><span>· {name}</span></div>'
 
 
-def _ranking(row: Row) -> str:
+def ranking(row: Row) -> str:
+    """The most relevant tokens as a table."""
     top = row.ranked(_TOP)
     if not top:
         return '<p class="quiet">No token has any relevance.</p>'
@@ -142,7 +156,7 @@ def _ranking(row: Row) -> str:
             f'<td class="tok"><bdi>{escape(listed(row.tokens[i], 40), quote=True)}</bdi></td>'
             f'<td class="quiet num">{row.places[i]}</td></tr>'
         )
-    head = f"<th class=num>{_text(unit(row.explained.kind))}</th><th></th><th>token</th><th class=num>place</th>"
+    head = f"<th class=num>{text(unit(row.explained.kind))}</th><th></th><th>token</th><th class=num>place</th>"
     return f"<h3>Most relevant</h3><table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
@@ -154,7 +168,7 @@ def _all_tokens(row: Row) -> str:
         f'<td class="num">{signed(score)}</td></tr>'
         for place, token, score in zip(row.places, row.tokens, row.scores, strict=True)
     )
-    head = f"<tr><th class=num>place</th><th>token</th><th class=num>{_text(unit(row.explained.kind))}</th></tr>"
+    head = f"<tr><th class=num>place</th><th>token</th><th class=num>{text(unit(row.explained.kind))}</th></tr>"
     table = f"<table>{head}{''.join(lines)}</table>"
     return f"<details><summary>All {len(row.tokens)} tokens in order</summary>{table}</details>"
 
@@ -169,7 +183,7 @@ def _heatmap(row: Row, budget: int) -> str:
     return (
         f"<h3>Layers × tokens</h3><div class=scroll>{_svg(scores, labels, muted, row.layer_names, cell, scale)}</div>"
         f'<p class="quiet">Relevance on its way from the output (top) to the embeddings (bottom), in the colours '
-        f"of the text: full from ±{amount(scale)} {_text(unit(row.explained.kind))} on.{joined}</p>"
+        f"of the text: full from ±{amount(scale)} {text(unit(row.explained.kind))} on.{joined}</p>"
     )
 
 
@@ -186,12 +200,12 @@ def _svg(scores: Tensor, labels: list[str], muted: list[bool], names: list[str],
     for layer, line in enumerate(scores.tolist()):
         top = (layers - 1 - layer) * high
         parts.append(f'<g transform="translate({left},{top})">')
-        parts.append(f'<text x="-6" y="{high / 2 + 4:g}" text-anchor="end">{_text(names[layer])}</text>')
+        parts.append(f'<text x="-6" y="{high / 2 + 4:g}" text-anchor="end">{text(names[layer])}</text>')
         for column, score in enumerate(line):
             shade = "m" if muted[column] else style.shade(score / scale) or "g"
             parts.append(
                 f'<rect x="{column * cell}" width="{cell}" height="{high}" class="{shade}">'
-                f"<title>{_text(names[layer])}, {column}: {signed(score)}</title></rect>"
+                f"<title>{text(names[layer])}, {column}: {signed(score)}</title></rect>"
             )
         parts.append("</g>")
     for column, word in enumerate(words):
@@ -200,6 +214,6 @@ def _svg(scores: Tensor, labels: list[str], muted: list[bool], names: list[str],
     return "".join([*parts, "</svg>"])
 
 
-def _versions(attribution: Attribution) -> str:
-    named = ", ".join(f"{_text(name)} {_text(version)}" for name, version in attribution.versions.items())
+def _versions(versions: Mapping[str, str]) -> str:
+    named = ", ".join(f"{text(name)} {text(version)}" for name, version in versions.items())
     return f"Relevance is in units of the explained value and sums towards it. {named}"

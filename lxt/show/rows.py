@@ -76,9 +76,14 @@ class Row:
     def conserved(self) -> str:
         """The conservation line, e.g. `Σ relevance 14.02 of logit 14.02 (100 %)`."""
         line = f"Σ relevance {amount(self.total, 4)} of {self.value}"
+        total = self.total
+        if self.explained.prefix is not None:
+            total += self.explained.prefix
+            line = f"Σ relevance {amount(self.total, 4)} + {amount(self.explained.prefix)} of the decoder's own tokens"
+            line += f" of {self.value}"
         if self.explained.value == 0:
             return line
-        ratio = self.total / self.explained.value  # of a log-probability near 0 it can be anything
+        ratio = total / self.explained.value  # of a log-probability near 0 it can be anything
         rest = "" if abs(ratio - 1) < 0.005 else "; check() says why"
         return f"{line} ({percent(ratio) if abs(ratio) < 10 else f'{amount(ratio)} times'}{rest})"
 

@@ -36,6 +36,8 @@ white-space:nowrap;z-index:3;direction:ltr}
 .lxt td,.lxt th{padding:.16rem .8rem .16rem 0;text-align:left;font-weight:400;vertical-align:middle}
 .lxt th{color:var(--muted);font-size:.85rem}
 .lxt .num{text-align:right}.lxt .tok{font-weight:600;overflow-wrap:anywhere;max-width:24rem}
+.lxt .grid td,.lxt .grid th{padding:.16rem .45rem;border-radius:.2rem}
+.lxt [data-gap]{border-left:2px solid var(--muted)}
 .lxt .rank svg{display:block}
 .lxt .scroll{overflow-x:auto;max-width:100%}
 .lxt svg text{fill:var(--text);font-size:11px;font-family:inherit;unicode-bidi:isolate}

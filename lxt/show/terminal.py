@@ -20,7 +20,7 @@ from lxt.show.words import amount, listed, shorten, signed
 if TYPE_CHECKING:
     from lxt.attribution import Attribution
 
-__all__ = ["render", "show"]
+__all__ = ["legend", "print_line", "ranking", "render", "running", "shade", "show"]
 
 _FAINT = 0.06  # of the scale: below it a token keeps the terminal's own colours
 _FILLED = 0.2  # from here on the background is coloured; in between only the letters are
@@ -56,16 +56,19 @@ def render(
     for row in rows(attribution, special, scale_special):
         if row.number == limit:
             left = len(attribution) - limit
-            _print(console, Text(f"… {left} more rows: out[{limit}].show() and on, or out.to_html(path)", style="dim"))
+            print_line(
+                console, Text(f"… {left} more rows: out[{limit}].show() and on, or out.to_html(path)", style="dim")
+            )
             break
         if row.number:
-            _print(console, Text("─" * min(60, console.width), style="dim"))
+            print_line(console, Text("─" * min(60, console.width), style="dim"))
         coloured = console.color_system is not None and not console.no_color
         for line in _lines(row, coloured, top, console.width):
-            _print(console, line)
+            print_line(console, line)
 
 
-def _print(console: Console, line: Text) -> None:
+def print_line(console: Console, line: Text) -> None:
+    """Print in what the console's encoding has."""
     encoding = getattr(console.file, "encoding", None) or "utf-8"
     try:
         line.plain.encode(encoding)
@@ -78,17 +81,18 @@ def _print(console: Console, line: Text) -> None:
 def _lines(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
     head = Text.assemble(("What speaks for ", ""), (row.target, "bold"), (f"?  {row.value}", ""))
     head.append(f"   {shorten(row.model)} · {shorten(row.rules)}", "dim")
-    lines = [head, Text(), _running(row, coloured), Text()]
-    lines.append(_legend(row) if coloured else Text("«+token» raises it, «−token» lowers it"))
+    lines = [head, Text(), running(row, coloured), Text()]
+    lines.append(legend(row) if coloured else Text("«+token» raises it, «−token» lowers it"))
     if row.predicted:
         lines.append(Text(f"predicts {row.predicted}"))
     lines.append(Text(row.conserved))
     if row.note:
         lines.append(Text(row.note, style="dim"))
-    return [*lines, Text(), *_ranking(row, coloured, top, width)]
+    return [*lines, Text(), *ranking(row, coloured, top, width)]
 
 
-def _running(row: Row, coloured: bool) -> Text:
+def running(row: Row, coloured: bool) -> Text:
+    """The row's tokens as running text."""
     text, fresh = Text(), True
     for i, token in enumerate(row.tokens):
         word = token.lstrip(" ") or token
@@ -97,7 +101,7 @@ def _running(row: Row, coloured: bool) -> Text:
         if row.muted[i]:
             text.append(shown, "dim")
         elif coloured:
-            text.append(shown, _style(row.fractions[i]))
+            text.append(shown, shade(row.fractions[i]))
         elif abs(row.fractions[i]) >= _MARKED:
             text.append(f"«{'+' if row.fractions[i] > 0 else '−'}{shown}»", "bold")
         else:
@@ -109,7 +113,8 @@ def _running(row: Row, coloured: bool) -> Text:
     return text
 
 
-def _style(fraction: float) -> Style:
+def shade(fraction: float) -> Style:
+    """The style of a score that is this share of the scale."""
     if abs(fraction) < _FAINT:
         return Style()
     color = colors.terminal(fraction)
@@ -118,16 +123,18 @@ def _style(fraction: float) -> Style:
     return Style(color=colors.css(colors.ink(color)), bgcolor=colors.css(color), bold=abs(fraction) > 0.5)
 
 
-def _legend(row: Row) -> Text:
+def legend(row: Row) -> Text:
+    """The colour scale."""
     end = amount(row.scale)
     text = Text(f"lowers −{end} ", style="dim")
     for step in range(-6, 7):
-        text.append("  " if step else " 0 ", _style(step / 6))
+        text.append("  " if step else " 0 ", shade(step / 6))
     text.append(f" +{end} raises · {unit(row.explained.kind)}", "dim")
     return text
 
 
-def _ranking(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
+def ranking(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
+    """The `top` most relevant tokens, each with its bar."""
     best = row.ranked(top)
     if not best:
         return [Text("no token has any relevance", style="dim")]

@@ -1,0 +1,57 @@
+"""torch.compile: the rules run eagerly, whatever is compiled: the model, a part of it, or a function around it.
+
+A compiler that traced the rules would hide from them what it fuses, and from the search of the graph what it calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["call_eagerly", "eager_caller", "is_compiled", "make_uncompiled", "uncompiled"]
+
+
+def call_eagerly(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, of which torch.compile traces nothing."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes a second
+        return function(*args, **kwargs)
+    return _untraced()(function, *args, **kwargs)
+
+
+def eager_caller() -> Callable:
+    """call_eagerly for code that torch.compile traces: its error under fullgraph=True then says why."""
+    return _untraced() if "torch._dynamo" in sys.modules else call_eagerly
+
+
+@functools.cache
+def _untraced() -> Callable:
+    return torch.compiler.disable(_call, reason="lxt's rules run eagerly: compile without fullgraph=True")
+
+
+def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def make_uncompiled(module: nn.Module) -> Callable[[], None] | None:
+    """Have a module run eagerly that `module.compile()` was called on; returns how to undo it."""
+    compiled = module.__dict__.get("_compiled_call_impl")
+    if compiled is None:
+        return None
+    module.__dict__["_compiled_call_impl"] = None
+    return partial(module.__dict__.__setitem__, "_compiled_call_impl", compiled)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile(model) returned it."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The model that torch.compile was given; `module` itself where it is not compiled."""
+    return module._modules["_orig_mod"] or module if is_compiled(module) else module
