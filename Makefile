@@ -6,7 +6,7 @@ WORKERS ?= 2
 # One thread for each worker: two pytest workers on two cores would otherwise start a pool of threads each.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs nightly clean
 .DELETE_ON_ERROR:
 export PYTHON
 
@@ -15,6 +15,7 @@ help:
 	@echo "make test   install with the test tools, run all tests"
 	@echo "make lint   ruff, ruff format, import-linter, pyright"
 	@echo "make docs   build the documentation into site/"
+	@echo "make nightly  what the newest torch and transformers break (PRE=1: pre-releases), in .venv-nightly"
 	@echo "make clean  remove .venv and everything built"
 
 demo: $(VENV)/.has-run
@@ -39,10 +40,15 @@ docs: $(VENV)/.has-docs
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 	@echo "lxt: wrote site/index.html"
 
+# Needs a Python and nothing of .venv, which is only read: .ci/nightly says how it works and what it can be told.
+nightly:
+	@PRE="$(PRE)" TORCH="$(TORCH)" TRANSFORMERS="$(TRANSFORMERS)" PIP_OPTIONS="$(PIP_OPTIONS)" FRESH="$(FRESH)" \
+		$(or $(PYTHON),python3) .ci/nightly
+
 # One stamp per extra (pyproject.toml); a change of the dependencies or the pins installs again.
 $(VENV)/.has-%: pyproject.toml constraints.txt
 	@GOAL="$(MAKECMDGOALS)" .ci/venv $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out build dist site *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-nightly out build dist site *.egg-info .pytest_cache .ruff_cache .import_linter_cache

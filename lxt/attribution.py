@@ -238,15 +238,19 @@ class Attribution:
             explained = self.explained[0]
             what += f", {shorten(explained.label)} {explained.kind} {amount(explained.value, 4)}"
         latents = f", latents={list(self.latents)}" if self.latents else ""
+        latents += f", {len(self.images)} image{'s' if len(self.images) > 1 else ''}" if self.images else ""
         return f"Attribution({what}, model={self.model!r}, rules={self.rules!r}{latents})"
 
     def _repr_html_(self) -> str:
-        from lxt.show.html import fragment
+        if self.images:
+            from lxt.show.imagehtml import fragment
+        else:
+            from lxt.show.html import fragment
 
         return fragment(self, limit=_ROWS_SHOWN)
 
     def show(self, special: bool = True, scale_special: bool = False, top: int = 8) -> None:
-        """Show the tokens in colour, in the terminal or in the notebook that runs this.
+        """Show the tokens (and images) in colour, in the terminal or in the notebook that runs this.
 
         Args:
             special: print special tokens (dimmed); False leaves them out.
@@ -254,14 +258,21 @@ class Attribution:
                 collects much relevance would leave the others pale.
             top: how many tokens the ranked list names.
         """
-        from lxt.show.terminal import show
+        if self.images:
+            from lxt.show.imageterminal import show
+        else:
+            from lxt.show.terminal import show
 
         show(self, special=special, scale_special=scale_special, top=top, limit=_ROWS_SHOWN)
 
     def to_html(self, path: str | os.PathLike[str], special: bool = True, scale_special: bool = False) -> None:
         """Write one self-contained page: no network, light and dark; options as in `show`."""
         from lxt.show.files import write
-        from lxt.show.html import page
+
+        if self.images:
+            from lxt.show.imagehtml import page
+        else:
+            from lxt.show.html import page
 
         write(path, page(self, special=special, scale_special=scale_special).encode())
 
@@ -272,7 +283,7 @@ class Attribution:
         special: bool = True,
         scale_special: bool = False,
     ) -> Figure:
-        """Layers × tokens where the residual latents are there, otherwise one bar per token.
+        """Layers × tokens where the residual latents are there, otherwise one bar per token; images with their maps.
 
         Args:
             path: where to write it, as .png, .pdf or .svg; None only returns the figure.
@@ -281,16 +292,28 @@ class Attribution:
             scale_special: colour special tokens too.
         """
         from lxt.show.figure import picture, save
+        from lxt.show.imagefigure import picture as with_images
 
-        figure = picture(self, normalise=normalise, special=special, scale_special=scale_special)
+        if self.images:
+            figure = with_images(self, special=special, scale_special=scale_special)
+        else:
+            figure = picture(self, normalise=normalise, special=special, scale_special=scale_special)
         if path is not None:
             save(figure, path)
         return figure
 
     def to_pdf(self, path: str | os.PathLike[str], special: bool = True, scale_special: bool = False) -> None:
-        """Write the coloured text as PDF: typeset by LaTeX where there is one, otherwise by matplotlib."""
+        """Write the coloured text as PDF: typeset by LaTeX where there is one, otherwise by matplotlib.
+
+        Images make it the picture of `plot`.
+        """
+        from lxt.show.figure import save
+        from lxt.show.imagefigure import picture
         from lxt.show.latex import attribution_pdf
 
+        if self.images:
+            save(picture(self, special=special, scale_special=scale_special), path)
+            return
         attribution_pdf(self, path, special=special, scale_special=scale_special)
 
     def to_dict(self, latents: bool = False) -> dict[str, Any]:

@@ -30,13 +30,14 @@ from lxt.imagegeometry import image_relevances
 from lxt.images import ImageExplainer, ImageRequest, image_request, tokens_of
 from lxt.inputs import Row, batches, check, read, task
 from lxt.latents import names
-from lxt.loading import device_of, dtype_of, model_of, tokenizer_of
+from lxt.loading import device_of, dtype_of, model_of, processor_of
 from lxt.passes import Result, audited, run
 from lxt.patches import patch_map_for
 from lxt.patching import monkey_patch, rules_of
 from lxt.patchmap import PatchMap
 from lxt.pixels import split_processor
-from lxt.preconditions import refuse_missing_weights
+from lxt.preconditions import refuse_missing_weights, refuse_virtual_tokens
+from lxt.spans import named
 from lxt.steps import Steps, attribute_steps
 from lxt.targets import Goal, Kind, Score, Target, Token, name_of
 from lxt.targets import resolve as resolve_targets
@@ -145,6 +146,7 @@ class Attributor:
             TypeError: a kind of input or target that there is none of.
         """
         refuse_missing_weights(self.model)
+        refuse_virtual_tokens(self.model)
         wanted = names(latents)
         if images is not None or task(self.model) == "image" or shows_images(inputs):
             return self._attribute_images(inputs, images, target, contrast, wanted, batch_size)
@@ -155,7 +157,8 @@ class Attributor:
         request = Request(rows, goals, batches(rows, self.model, batch_size), wanted)
         results, predictions = [], []
         for result in self.results(request):
-            predictions += [self._prediction(logits[0]) for logits in result.logits]
+            both = zip(result.logits, result.tokens, strict=True)
+            predictions += [self._prediction(logits[0], tokens) for logits, tokens in both]
             results.append(replace(result, logits=result.logits[:0]))  # those of all prompts would fill the memory
         return self._attribution(request, results, predictions).with_checker(
             partial(self._check, request, [result.relevance for result in results])
@@ -211,7 +214,8 @@ class Attributor:
         for batch, prompts, result in zip(request.passes, request.rows, runs.results(request), strict=True):
             pictures += image_relevances(batch, result, model, processor, len(rows))
             rows += tokens_of(batch, result, prompts, model, self.tokenizer)
-            explained += map(self._explained, result.goals, result.values.tolist(), prompts)
+            values = result.values.tolist()
+            explained += [self._explained(*one, None) for one in zip(result.goals, values, prompts, strict=True)]
             predictions += [self._prediction(logits[0]) for logits in result.logits]
             everything.append(result.relevance)
         width = max(len(labels) for labels, *_ in rows)
@@ -256,9 +260,10 @@ class Attributor:
 
     def audited(self, request: Request) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
         """The request's relevance by the auditor's mechanism, batch by batch, with the operations unknown to it."""
+        operations = (self.patch_map if self.patch_map is not None else patch_map_for(self.model)).operations
         for group in request.groups:
             rows, goals = [request.rows[i] for i in group], [request.goals[i] for i in group]
-            yield audited(self.model, self.tokenizer, rows, goals, self.rules)
+            yield audited(self.model, self.tokenizer, rows, goals, self.rules, operations)
 
     def _patch(self) -> AbstractContextManager[Any]:
         theirs = rules_of(self.model)
@@ -322,6 +327,10 @@ class Attributor:
     def _explained(self, goal: Goal, value: float, row: Row, prefix: float | None) -> Explained:
         if goal.function is not None:
             label = getattr(goal.function, "__name__", type(goal.function).__name__)
+        elif goal.span:
+            words = display(row.ids, self.tokenizer)[0] if row.embeds is None else list(map(str, range(len(row))))
+            label = repr(named(goal.ids, words))
+            label = label if len(goal.positions) > 1 else f"{('start', 'end')[goal.positions[0]]} {label}"
         elif len(goal.ids) > 1 and self.tokenizer is not None:
             label = repr("".join(display(goal.ids, self.tokenizer)[0]))
         else:
@@ -329,16 +338,18 @@ class Attributor:
         foils = self._names(goal.contrast)
         if foils:
             label += f" − {foils}" if len(goal.contrast) == 1 else f" − mean({foils})"
-        single = len(goal.positions) == 1 and task(self.model) not in ("sequence", "seq2seq", "image")
+        single = len(goal.positions) == 1 and task(self.model) not in ("sequence", "seq2seq", "image", "question")
         return Explained(label, goal.kind, value, goal.positions[0] if single else None, prefix)
 
     def _names(self, ids: Sequence[int]) -> str:
         return ", ".join(repr(name_of(token, self.model, self.tokenizer)) for token in ids)
 
-    def _prediction(self, logits: Tensor) -> Prediction:
+    def _prediction(self, logits: Tensor, tokens: Sequence[str] = ()) -> Prediction:
         token = int(logits.argmax())
         probability = float(logits.softmax(-1)[token])
-        return Prediction(name_of(token, self.model, self.tokenizer), token, float(logits[token]), probability)
+        answers = task(self.model) == "question"  # by a token of the prompt
+        name = tokens[token] if answers else name_of(token, self.model, self.tokenizer)
+        return Prediction(name, token, float(logits[token]), probability)
 
 
 def _each(values: Tensor | None, count: int) -> Sequence[float | None]:
@@ -389,7 +400,8 @@ def load(
 
     Args:
         name_or_model: "tiny" (bundled), a folder, a name on the hub, or a model instance, which is not copied.
-        tokenizer: the tokenizer, or its name; None is the model's own, and none at all for an instance.
+        tokenizer: the tokenizer, or for models that see the processor; or its name. None is the model's own, and none
+            at all for an instance.
         rules: a preset's name, or a Composite.
         device: where to put the model. None is a GPU if there is one, and leaves an instance where it is.
         dtype: as torch.dtype or its name. None is the checkpoint's own.
@@ -404,9 +416,8 @@ def load(
         model = name_or_model
         if device is not None or kind is not None:
             model = model.to(device=place if device is not None else None, dtype=kind)
-        return Attributor(
-            model, tokenizer_of(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer, composite
-        )
+        given = processor_of(tokenizer, model) if isinstance(tokenizer, (str, Path)) else tokenizer
+        return Attributor(model, given, composite)
     if not isinstance(name_or_model, (str, Path)):
         raise TypeError(f"lxt.load takes a name, a folder or a model instance, got {type(name_or_model).__name__}")
     name = str(name_or_model)
@@ -418,7 +429,7 @@ def load(
     if place is not None:
         model = model.to(place)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = tokenizer_of(name if tokenizer is None else tokenizer)
+        tokenizer = processor_of(name if tokenizer is None else tokenizer, model)
     attributor = Attributor(model, tokenizer, composite)
     if str(name_or_model) == "tiny":
         model.config.name_or_path = "tiny"

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lxt.auditdeclared import watching
 from lxt.auditgraph import Graph, Observer
+from lxt.auditrecurrences import observed
 from lxt.auditrules import Treatment, treatments
 from lxt.composites import Composite, Epsilon, resolve
 
@@ -66,6 +68,7 @@ def audit(
     target: Callable[[Any], Tensor],
     rules: str | Composite = "attnlrp",
     wrt: str | Sequence[str] = "inputs_embeds",
+    operations: Mapping[str, str] | None = None,
 ) -> Audit:
     """Relevance of a model's inputs, computed from the autograd graph of the unpatched model.
 
@@ -78,6 +81,7 @@ def audit(
         target: the scalar to explain, from the forward's output; its own operations are differentiated plainly.
         rules: a preset's name or a composite.
         wrt: the inputs to explain.
+        operations: names of operations -> their rule, as a patch map declares them.
 
     Raises:
         ValueError: an input isn't there, the target isn't one number or doesn't depend on the inputs, or the
@@ -94,7 +98,7 @@ def audit(
             )
     arguments, leaves = _prepare(inputs, (wrt,) if isinstance(wrt, str) else tuple(wrt))
     with _as_constant(model), torch.inference_mode(False), torch.enable_grad():
-        with Observer() as observer:
+        with watching(model, operations or {}) as calls, observed() as recurrences, Observer() as observer:
             output = model(**arguments)
         value = target(output)
         if not isinstance(value, Tensor) or value.numel() != 1 or value.grad_fn is None:
@@ -110,7 +114,9 @@ def audit(
                 f"no tensor that depends on {', '.join(leaves)} found in the output, a {type(output).__name__}; "
                 "return a tensor, a tuple, a mapping or a dataclass"
             )
-        graph = Graph(value.grad_fn, outputs, observer)
+        graph = Graph(
+            value.grad_fn, outputs, observer, calls, lambda node, edge: recurrences.steers(node, edge, composite)
+        )
         treated = treatments(graph, composite)
         with _hooked(treated):
             # saved values are read by the hooks, after the node itself has run: the graph must be kept until then
@@ -203,7 +209,7 @@ def _hook(treatment: Treatment) -> Callable:
         if treatment.replace is not None:
             if grad_outputs[0] is None:
                 return grad_inputs
-            return (treatment.replace(grad_outputs[0]), *grad_inputs[1:])
+            grad_inputs = (treatment.replace(grad_outputs[0]), *grad_inputs[1:])
         # a stopped gradient is left out, not zero: zero times an infinite derivative further back would be NaN
         return tuple(
             gradient

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from lxt.auditgraph import kind
 
-__all__ = ["glu_gradient", "norm_gradient", "slope", "softmax_gradient", "times"]
+__all__ = ["glu_gradient", "norm_gradient", "running_norm_gradient", "slope", "softmax_gradient", "times"]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def slope(node: Node, x: Tensor) -> Tensor:
     name, x = kind(node), _wide(x)
     if name == "Silu":
         return torch.sigmoid(x)
-    if name == "Gelu" and node._saved_approximate == "tanh":  # type: ignore[attr-defined]
+    if name == "GeLUFunctionBackward" or (name == "Gelu" and node._saved_approximate == "tanh"):  # type: ignore[attr-defined]
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if name == "Gelu":
         return 0.5 * torch.erfc(-x * math.sqrt(0.5))  # accurate in the negative tail, where 1 + erf cancels
@@ -66,8 +66,10 @@ def softmax_gradient(gradient: Tensor, node: Node, temperature: float) -> Tensor
     The logits are known from the result up to a constant per row, which the softmax ignores. The Jacobian of
     softmax(x / T) has a factor 1 / T besides; the rule replaces s only.
     """
-    result = _wide(node._saved_result)  # type: ignore[attr-defined]
-    dim = _dim(node)
+    if kind(node) == "XSoftmaxBackward":
+        result, dim = _wide(node.saved_tensors[0]), node.dim  # type: ignore[attr-defined]
+    else:
+        result, dim = _wide(node._saved_result), _dim(node)  # type: ignore[attr-defined]
     logits = result if kind(node) == "LogSoftmax" else result.log()
     softened = torch.softmax(logits / temperature, dim).nan_to_num(0.0)  # a fully masked row has no weights
     wide = _wide(gradient)
@@ -100,6 +102,14 @@ def norm_gradient(gradient: Tensor, node: Node) -> Tensor:
     grouped = wide.reshape(rstd.numel(), -1)
     centred = (grouped - grouped.mean(1, keepdim=True)) * rstd.reshape(-1, 1)
     return centred.reshape(gradient.shape).to(gradient.dtype)
+
+
+def running_norm_gradient(gradient: Tensor, node: Node) -> Tensor:
+    """The backward of a batch norm by its running statistics."""
+    weight, variance = node._saved_weight, node._saved_running_var  # type: ignore[attr-defined]
+    scale = torch.rsqrt(_wide(variance) + node._saved_eps)  # type: ignore[attr-defined]
+    scale = scale if weight is None else scale * weight
+    return times(gradient, scale.reshape(-1, *[1] * (gradient.dim() - 2)))
 
 
 def _dim(node: Node) -> int:

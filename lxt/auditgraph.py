@@ -10,14 +10,16 @@ under the sequence number that the node gets.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Graph", "Observer", "kind"]
+from lxt.auditdeclared import Calls
+
+__all__ = ["Graph", "Observer", "Slot", "kind"]
 
 SCALAR_GATE = 1e-2  # a smaller number added to an activation is an epsilon, not a share of the sum
 
@@ -40,7 +42,7 @@ LINEAR = _WEIGHT_CARRIERS | frozenset(
         IndexAdd IndexCopy IndexFill IndexPutImpl Kthvalue MaskedScatter Max MaxPool2D
         MaxPool2DWithIndices MaxPool3DWithIndices MaxUnpool2D MaxUnpool3D Maximum Mean Median Min Minimum Mode Nansum
         NegView PackPaddedSequence PixelShuffle PixelUnshuffle Put ReflectionPad1D ReflectionPad2D ReflectionPad3D
-        ReplicationPad1D ReplicationPad2D ReplicationPad3D Rot90 Rsub ScatterAdd SelectScatter SliceScatter Sub
+        ReplicationPad1D ReplicationPad2D ReplicationPad3D Rot90 Rsub ScatterAdd ScatterReduce SelectScatter SliceScatter Sub
         ToDense Trace UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D
         UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D
         UpsampleNearestExact3D UpsampleTrilinear3D""".split()
@@ -49,18 +51,19 @@ LINEAR = _WEIGHT_CARRIERS | frozenset(
 PRODUCTS = {name: (0, 1) for name in "Bmm Convolution Dot GroupedMm LinalgCross Linear Mm Mul Mv Vdot".split()}
 PRODUCTS |= {name: (1, 2) for name in "Addbmm Addcmul Addmm Addmv Addr Baddbmm".split()} | {"Trilinear": (0, 1, 2)}
 MATMULS = frozenset("Addbmm Addmm Baddbmm Bmm Mm Mv".split())
-SOFTMAX = frozenset({"LogSoftmax", "MaskedSoftmax", "SafeSoftmax", "Softmax"})
+SOFTMAX = frozenset({"LogSoftmax", "MaskedSoftmax", "SafeSoftmax", "Softmax", "XSoftmaxBackward"})
 SOFT = frozenset({"Exp", "LogSigmoid", "Sigmoid", "Softplus"})  # attention weights in some models, gates in others
 STATISTICS = frozenset({"LinalgVectorNorm", "Norm", "Reciprocal", "Rsqrt", "Sqrt", "Std", "Var"})
 CONSTANT = frozenset(
-    """Ceil Cos Cosh Cumprod Erfc Exp2 Floor Hardsigmoid Log Log10 Log1P Log2 Logcumsumexp Logsumexp Prod Round Sgn Sign
-    Sin Trunc""".split()
+    """Ceil Cos Cosh Cumprod Erfc Exp2 Floor Hardsigmoid LinalgInvEx LinalgPinv Log Log10 Log1P Log2 Logcumsumexp Logsumexp
+    Prod Round Sgn Sign Sin Trunc""".split()
 )
 HOMOGENEOUS = frozenset({"Abs", "Hardshrink", "LeakyRelu", "PreluKernel", "Relu", "RreluWithNoise", "Threshold"})
 ACTIVATIONS = HOMOGENEOUS | frozenset(
     """Asin Asinh Atan Atanh Celu Clamp ClampMax ClampMin Elu Erf Expm1 Gelu Hardswish Hardtanh Mish Silu Sinh
-    Softshrink Tan Tanh""".split()
+    Softshrink Tan Tanh GeLUFunctionBackward""".split()
 )
+FUNCTIONS = frozenset({"GeLUFunctionBackward"})  # activations that a model brings its own autograd function for
 GATES = ACTIVATIONS - {"Abs", "Clamp", "ClampMax", "ClampMin"} | {"Sigmoid"}
 _CURVED = ACTIVATIONS | SOFT | {"Hardsigmoid"}
 _ELEMENTWISE = _CURVED | _VIEWS | {"Add", "Div", "Mul", "Pow", "Rsub", "Sub"}
@@ -110,12 +113,27 @@ class Graph:
         activations: the products x * g(x) themselves -> the edge of the factor g(x).
         statistics: squares and means that only serve a normalisation.
         scores: matrix products of queries and keys, under an attention's softmax.
+        calls: what users declared; patterns end at their entrances and exits.
+        cut: node -> its edges that lead to an activation which the composite takes as a constant there.
     """
 
-    def __init__(self, value: Node, outputs: Iterable[Node], observer: Observer) -> None:
+    def __init__(
+        self,
+        value: Node,
+        outputs: Iterable[Node],
+        observer: Observer,
+        calls: Calls | None = None,
+        is_cut: Callable[[Node, int], bool] = lambda node, edge: False,
+    ) -> None:
         self._numbers, self._inputs = observer.numbers, observer.inputs
+        self.calls = Calls() if calls is None else calls
         inside, seen = set(_reach(outputs)), list(_reach([value]))
         self.nodes = [node for node in seen if node in inside and kind(node) != "AccumulateGrad"]
+        self.cut: dict[Node, list[int]] = {}
+        for node in self.nodes:
+            cut = [edge for edge, (operand, _) in enumerate(node.next_functions) if operand and is_cut(node, edge)]
+            if cut:
+                self.cut[node] = cut
         self.users: dict[Node, list[tuple[Node, int]]] = {node: [] for node in self.nodes}
         for node in self.nodes:
             for edge, operand in self.operands(node):
@@ -128,21 +146,30 @@ class Graph:
         self.statistics = self._find_statistics()
         self.scores = self._find_scores()
 
-    @staticmethod
-    def operands(node: Node) -> list[tuple[int, Node]]:
+    def edges(self, node: Node) -> Sequence[Slot]:
+        """As Node.next_functions, with nothing behind a cut edge."""
+        cut = self.cut.get(node)
+        if cut is None:
+            return node.next_functions
+        return [(None, 0) if edge in cut else slot for edge, slot in enumerate(node.next_functions)]
+
+    def operands(self, node: Node) -> list[tuple[int, Node]]:
         """The edges that lead to activations."""
-        return [(edge, operand) for edge, (operand, _) in enumerate(node.next_functions) if operand is not None]
+        return [(edge, operand) for edge, (operand, _) in enumerate(self.edges(node)) if operand is not None]
 
     def input_of(self, node: Node) -> torch.Tensor:
         """The value that an element-wise function was applied to."""
         observed = self._inputs.get(node._sequence_nr())
+        if observed is None and kind(node) in FUNCTIONS:
+            return node.saved_tensors[0]  # type: ignore[attr-defined]
         return node._saved_self if observed is None else observed  # type: ignore[attr-defined]
 
     def origin(self, slot: Slot, through: frozenset[str] = CARRIERS) -> Slot:
         """Where a value comes from, behind views, casts, copies, dropout and constant factors."""
         while True:
-            behind = [following for following in slot[0].next_functions if following[0] is not None]
-            if len(behind) != 1 or not (kind(slot[0]) in through or self._scales(slot[0])):
+            behind = [following for following in self.edges(slot[0]) if following[0] is not None]
+            carries = kind(slot[0]) in through or self._scales(slot[0])
+            if len(behind) != 1 or not carries or slot[0] in self.calls.exits:
                 return slot
             slot = behind[0]
 
@@ -153,7 +180,8 @@ class Graph:
 
     def is_gate(self, node: Node) -> bool:
         """Whether a node is an activation function, or the product that ends a written one."""
-        return kind(node) in GATES or node in self.activations
+        call = self.calls.exits.get(node)
+        return kind(node) in GATES or node in self.activations or (call is not None and call.makes_gates)
 
     def softmax_behind(self, node: Node) -> bool:
         """Whether a value is made of softmax weights: selected, masked, renormalised, but not combined otherwise."""
@@ -167,14 +195,18 @@ class Graph:
                 if kind(user) in MATMULS and len(self.operands(user)) > 1 and edge in PRODUCTS[kind(user)]:
                     return True
                 numerator = kind(user) == "Div" and edge == 0
-                if user not in seen and (kind(user) in _WEIGHT_CARRIERS or self._scales(user) or numerator):
+                if (
+                    user not in seen
+                    and user not in self.calls.entrances
+                    and (kind(user) in _WEIGHT_CARRIERS or self._scales(user) or numerator)
+                ):
                     seen.add(user)
                     stack.append(user)
         return False
 
     def _scales(self, node: Node) -> bool:
         """Whether a node multiplies or divides by a constant."""
-        (first, _), *rest = node.next_functions or ((None, 0),)
+        (first, _), *rest = self.edges(node) or ((None, 0),)
         active = [following for following in rest if following[0] is not None]
         return (kind(node) == "Mul" and (first is None) != (not active)) or (
             kind(node) == "Div" and first is not None and not active
@@ -186,6 +218,8 @@ class Graph:
         while stack:
             node = stack.pop()
             yield node
+            if node in self.calls.exits:
+                continue
             division = kind(node) == "Div"
             if kind(node) in through or self._scales(node) or division:
                 behind = [operand for edge, operand in self.operands(node) if not (division and edge)]
@@ -197,7 +231,7 @@ class Graph:
         if kind(node) != "Mul" or len(self.operands(node)) != 2:
             return
         for edge in (0, 1):
-            inside = self._between(node.next_functions[edge], self.origin(node.next_functions[1 - edge], _VIEWS))
+            inside = self._between(self.edges(node)[edge], self.origin(self.edges(node)[1 - edge], _VIEWS))
             if any(kind(member) in _CURVED for member in inside):
                 self.activations[node] = edge
                 self.primitives |= inside
@@ -210,16 +244,18 @@ class Graph:
             slot = stack.pop()
             if slot == source or slot[0] in inside:
                 continue
-            if kind(slot[0]) not in _ELEMENTWISE or len(inside) > 24:  # more nodes than any activation function has
+            if (
+                kind(slot[0]) not in _ELEMENTWISE or slot[0] in self.calls.exits or len(inside) > 24
+            ):  # more nodes than any activation function has
                 return set()
             inside.add(slot[0])
-            stack += [following for following in slot[0].next_functions if following[0] is not None]
+            stack += [following for following in self.edges(slot[0]) if following[0] is not None]
         return inside
 
     def _find_statistics(self) -> set[Node]:
         through = CARRIERS | {"Add", "ClampMin", "Mean", "Sum", "Sub"}
         starts = [operand for node in self.nodes if self.is_statistic(node) for _, operand in self.operands(node)]
-        starts += [node.next_functions[1][0] for node in self.nodes if kind(node) == "Div" and self.denominator(node)]
+        starts += [self.edges(node)[1][0] for node in self.nodes if kind(node) == "Div" and self.denominator(node)]
         found = {member for start in starts if start is not None for member in self._search(start, through)}
         return {node for node in found if kind(node) in {"Pow", "Mul"} | STATISTICS}
 
@@ -229,10 +265,9 @@ class Graph:
         found = {member for operand in logits for member in self._search(operand, _SCORE_CARRIERS)}
         return {node for node in found if kind(node) in MATMULS and len(self.operands(node)) > 1}
 
-    @staticmethod
-    def denominator(node: Node) -> bool:
+    def denominator(self, node: Node) -> bool:
         """Whether a division's denominator is an activation."""
-        return len(node.next_functions) > 1 and node.next_functions[1][0] is not None
+        return len(self.edges(node)) > 1 and self.edges(node)[1][0] is not None
 
     @staticmethod
     def is_statistic(node: Node) -> bool:

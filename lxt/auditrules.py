@@ -7,13 +7,14 @@ operation by operation: in (a * b) * c the share of c is 1/2, of a and b 1/4 eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lxt.auditgradients import glu_gradient, norm_gradient, slope, softmax_gradient, times
+from lxt.auditdeclared import Call
+from lxt.auditgradients import glu_gradient, norm_gradient, running_norm_gradient, slope, softmax_gradient, times
 from lxt.auditgraph import (
     ACTIVATIONS,
     CONSTANT,
@@ -25,6 +26,7 @@ from lxt.auditgraph import (
     SOFTMAX,
     STATISTICS,
     Graph,
+    Slot,
     kind,
 )
 from lxt.composites import Composite
@@ -32,7 +34,11 @@ from lxt.composites import Composite
 __all__ = ["Treatment", "treatments"]
 
 _NORMS = frozenset({"FusedRmsNorm", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm"})
+_SOLVES = frozenset({"LinalgSolveEx", "LinalgSolveTriangular"})
+_SAMPLERS = frozenset({"CudnnGridSampler", "GridSampler2D", "GridSampler3D"})
 _ATTENTION = frozenset({"CudnnAttention", "EfficientAttention", "FlashAttention"})
+# Attention that a model brings its own autograd function for -> which of its edges is the query's; key and value follow.
+_ATTENTION_FUNCTIONS = {"YosoCumulationBackward": 2, "YosoLSHCumulationBackward": 2}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def treatments(graph: Graph, composite: Composite) -> dict[Node, Treatment]:
     """
     rules = _Rules(graph, composite)
     for node in graph.nodes:
-        treatment = rules.decide(node)
+        treatment = _cut(rules.decide(node), graph.cut.get(node, ()))
         factors = treatment.factors or {}
         rules.treatments[node] = treatment
         # what only constants flow into is a constant, and so is what passes nothing on
@@ -78,7 +84,15 @@ class _Rules:
         self.treatments: dict[Node, Treatment] = {}
 
     def decide(self, node: Node) -> Treatment:
-        name, composite = kind(node), self.composite
+        name, composite, calls = kind(node), self.composite, self.graph.calls
+        if node in calls.entrances:
+            return Treatment("declared", {0: 0.0} if calls.stops(node, composite) else None)
+        if node in calls.exits:
+            return self._declared(calls.exits[node])
+        if calls.inside(node):
+            return Treatment("declared")
+        if name in calls.linear:
+            return Treatment("linear")
         if node in self.graph.activations:
             return self._written_activation(node)
         if node in self.graph.primitives and composite.activation == "gradient":
@@ -91,15 +105,27 @@ class _Rules:
             return self._activation(node)
         if name in SOFT | SOFTMAX:
             return self._softmax(node) if name in SOFTMAX or self.graph.weighs(node) else self._constant(node)
-        if name.startswith("ScaledDotProduct") or name in _ATTENTION:
+        if name.startswith("ScaledDotProduct") or name in _ATTENTION or name in _ATTENTION_FUNCTIONS:
             return self._fused_attention(node)
-        if name in {"Div", "Pow", "Addcdiv", "Glu", "VarMean", "StdMean", "Lerp"}:
-            return getattr(self, f"_{name.lower()}")(node)
+        if name in {"Div", "Pow", "Addcdiv", "Glu", "VarMean", "StdMean", "Lerp", *_SOLVES}:
+            return self._solve() if name in _SOLVES else getattr(self, f"_{name.lower()}")(node)
         if name in _NORMS:
             return self._norm(node)
-        if name in CONSTANT | STATISTICS:
+        if name in _SAMPLERS:  # of an image, linear, at places that are constants
+            return Treatment("gradient") if composite.product == "gradient" else Treatment("linear", {1: 0.0})
+        if name in CONSTANT | STATISTICS or (name == "ScatterReduce" and node._saved_reduce == "prod"):  # type: ignore[attr-defined]
             return self._constant(node)
-        return Treatment("linear" if name in LINEAR else "unknown", known=name in LINEAR)
+        # whatever it is, no relevance comes to it if only constants go into it
+        known = name in LINEAR or all(operand in self.constant for _, operand in self.graph.operands(node))
+        return Treatment("linear" if known else "unknown", known=known)
+
+    def _declared(self, call: Call) -> Treatment:
+        """The end of a declared call, where it is known which of its inputs are constants."""
+        live = {node for node in call.entrances if node in self.treatments and node not in self.constant}
+        for node, share in self.graph.calls.shares(call, self.composite, live).items():
+            treatment = Treatment("declared", replace=share) if callable(share) else Treatment("declared", {0: share})
+            self.treatments[node] = treatment
+        return Treatment("declared", replace=call.keep)
 
     # products
 
@@ -117,7 +143,7 @@ class _Rules:
                 return self._attention(live, weights[0], self._qkv()[0])
             if node in graph.scores:
                 return self._attention(live, live[0], self._qkv()[1])
-        origins = {edge: graph.origin(node.next_functions[edge])[0] for edge in live}
+        origins = {edge: self._origin(graph.edges(node)[edge]) for edge in live}
         if composite.norm == "gradient" and any(graph.is_statistic(origin) for origin in origins.values()):
             return Treatment("gradient")
         stopped = [e for e in live if composite.product != "gradient" and graph.is_scalar_sum(origins[e])]
@@ -127,10 +153,26 @@ class _Rules:
             return Treatment("gate", {edge: float(edge not in stopped) for edge in live})
         if composite.product == "gradient":
             return Treatment("gradient")
-        gates = [edge for edge in live if graph.is_gate(origins[edge])]
+        # a gate gates element by element
+        gates = [edge for edge in live if name == "Mul" and graph.is_gate(origins[edge])]
         if composite.product == "stop_gate" and 0 < len(gates) < len(live):
             return Treatment("gate", {edge: float(edge not in gates) for edge in live})
         return Treatment("uniform", dict.fromkeys(live, 1 / len(live)))
+
+    def _origin(self, slot: Slot) -> Node:
+        """Where a factor comes from, behind what the rules have made constant factors, and powers."""
+        while True:
+            slot = self.graph.origin(slot)
+            live = [
+                following
+                for following in self.graph.edges(slot[0])
+                if following[0] is not None and following[0] not in self.constant
+            ]
+            scaled = kind(slot[0]) in {"Mul", "Div"} and slot[0] not in self.graph.activations
+            power = kind(slot[0]) == "Pow" and not self.graph.is_statistic(slot[0])
+            if len(live) != 1 or not (scaled or power):
+                return slot[0]
+            slot = live[0]
 
     def _qkv(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """(weights, value) and (query, key) factors of the two products whose combination is `qkv`."""
@@ -144,10 +186,11 @@ class _Rules:
         return Treatment("attention", {edge: factors[edge != first] for edge in live})
 
     def _fused_attention(self, node: Node) -> Treatment:
-        live = {edge for edge, operand in self.graph.operands(node) if operand not in self.constant}
+        first = _ATTENTION_FUNCTIONS.get(kind(node), 0)  # the query's edge
+        live = {edge - first for edge, operand in self.graph.operands(node) if operand not in self.constant}
         query, key, value = (edge in live for edge in range(3))
         if self.composite.attention == "value_only":
-            return Treatment("attention", {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0})
+            return Treatment("attention", {first: 0.0, first + 1: 0.0, first + 2: 1.0, first + 3: 0.0})
         if self.composite.softmax_temperature != 1:
             raise ValueError(
                 f"softmax_temperature={self.composite.softmax_temperature} needs the softmax in the graph, but "
@@ -159,7 +202,8 @@ class _Rules:
         (weights, values), (queries, keys) = self._qkv()
         weights, values = (weights if value else 1.0), (values if query or key else 1.0)
         queries, keys = (queries if key else 1.0), (keys if query else 1.0)
-        return Treatment("attention", {0: weights * queries, 1: weights * keys, 2: values, 3: weights})
+        shares = (weights * queries, weights * keys, values, weights)
+        return Treatment("attention", {first + edge: share for edge, share in enumerate(shares)})
 
     # functions
 
@@ -202,6 +246,10 @@ class _Rules:
             return Treatment("gradient" if self.graph.denominator(node) else "linear")
         return Treatment("constant", {1: 0.0})
 
+    def _solve(self) -> Treatment:
+        """The matrix is a denominator; the solution is linear in the right-hand side, which comes second."""
+        return Treatment("gradient") if self.composite.product == "gradient" else Treatment("constant", {0: 0.0})
+
     def _addcdiv(self, node: Node) -> Treatment:
         return Treatment("gradient") if self.composite.norm == "gradient" else Treatment("constant", {2: 0.0})
 
@@ -222,11 +270,20 @@ class _Rules:
     _stdmean = _varmean
 
     def _norm(self, node: Node) -> Treatment:
-        if self.composite.norm == "gradient":
+        if self.composite.norm == "gradient" and getattr(node, "_saved_training", True):
             return Treatment("gradient")
         if kind(node) == "NativeBatchNorm" and not node._saved_training:  # type: ignore[attr-defined]
-            return Treatment("linear")  # running statistics are constants already
+            # linear, but torch's own backward is wrong on the CPU for one sample and another memory format
+            return Treatment("linear", replace=lambda gradient: running_norm_gradient(gradient, node))
         return Treatment("norm", replace=lambda gradient: norm_gradient(gradient, node))
+
+
+def _cut(treatment: Treatment, edges: Collection[int]) -> Treatment:
+    """The treatment, with nothing going through `edges`."""
+    if not edges:
+        return treatment
+    factors = {**(treatment.factors or {}), **dict.fromkeys(edges, 0.0)}
+    return replace(treatment, factors=factors, replace=None if 0 in edges else treatment.replace)
 
 
 def _all_edges(node: Node, factor: float) -> dict[int, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["call_eagerly", "eager_caller", "is_compiled", "make_uncompiled", "uncompiled"]
+__all__ = ["call_eagerly", "compiled_inside", "eager_caller", "is_compiled", "make_uncompiled", "uncompiled"]
 
 
 def call_eagerly(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -55,3 +55,11 @@ def is_compiled(module: nn.Module) -> bool:
 def uncompiled(module: nn.Module) -> nn.Module:
     """The model that torch.compile was given; `module` itself where it is not compiled."""
     return module._modules["_orig_mod"] or module if is_compiled(module) else module
+
+
+def compiled_inside(where: str = "") -> ValueError:
+    """The error for a compiled function that runs inside a patched model."""
+    return ValueError(
+        f"a function compiled by torch.compile runs{where} inside the patched model, where the rules can't see its "
+        'operations; run both under `with torch.compiler.set_stance("force_eager"):`, or take the compiled function out'
+    )

@@ -1,7 +1,7 @@
 """Composites: which rule each kind of operation gets.
 
 A composite is a plain frozen value. What the literature proposes as separate methods are different values of the
-same seven fields, so a new method is a new preset and not new code.
+same few fields, so a new method is a new preset and not new code.
 """
 
 from __future__ import annotations
@@ -38,8 +38,16 @@ Activation = Literal["identity", "gradient"]
 Norm = Literal["identity", "gradient"]
 Product = Literal["uniform", "stop_gate", "gradient"]
 Attention = Literal["uniform", "value_only", "gradient"]
-Router = Literal["uniform", "stop"]
-_ALLOWED = {"activation": Activation, "norm": Norm, "product": Product, "attention": Attention, "router": Router}
+Recurrence = Literal["value_only", "uniform", "gradient"]
+Router = Literal["uniform", "half", "stop"]
+_ALLOWED = {
+    "activation": Activation,
+    "norm": Norm,
+    "product": Product,
+    "attention": Attention,
+    "recurrence": Recurrence,
+    "router": Router,
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,12 @@ class Composite:
         qkv: the factors on the gradients of query, key and value behind `uniform`.
         softmax_temperature: the temperature at which the backward of an attention softmax is taken; the forward
             is unchanged.
-        router: mixture-of-experts routing weights in `weight * expert(x)`: `uniform` gives the weight its half,
-            `stop` takes it as a constant, as `attention="value_only"` does with every softmax.
+        router: mixture-of-experts routing weights in `weight * expert(x)`: `uniform`, also called `half`, gives a
+            weight that comes from a softmax its half; `stop` takes it as a constant, as it is where it comes from a
+            sigmoid, and as `attention="value_only"` does with every softmax.
+        recurrence: state-space layers and linear attention. `value_only` takes all that steers the state, step sizes,
+            decays, B and C, keys and queries, as constants (MambaLRP, arXiv 2406.07592); `uniform` shares relevance
+            equally between the values and what reads the state, C or the queries; `gradient` stops nothing.
         linear: the rule of linear and convolution layers; `Epsilon(0)` is the plain gradient.
         convolution: the rule of convolutions, where it isn't that of linear layers.
         name: how the composite is called in results and messages.
@@ -73,11 +85,14 @@ class Composite:
     qkv: tuple[float, float, float] = (0.25, 0.25, 0.5)
     softmax_temperature: float = 1.0
     router: Router = "uniform"
+    recurrence: Recurrence = "value_only"
     linear: Epsilon | Gamma = Epsilon()
     convolution: Epsilon | Gamma | None = None
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        if self.router == "half":  # two names, one value: composites with either are equal
+            object.__setattr__(self, "router", "uniform")
         for field, literal in _ALLOWED.items():
             value, allowed = getattr(self, field), get_args(literal)
             if value not in allowed:
@@ -102,6 +117,7 @@ class Composite:
             and self.norm == "identity"
             and self.product != "gradient"
             and self.attention == "value_only"
+            and self.recurrence != "gradient"
             and all(not isinstance(rule, Epsilon) or rule == Epsilon() for rule in (self.linear, self.convolution))
         )
 
@@ -120,7 +136,14 @@ class Composite:
 
 ATTN_LRP = Composite(name="attnlrp")
 CP_LRP = Composite(product="stop_gate", attention="value_only", router="stop", name="cp")
-GRADIENT = Composite(activation="gradient", norm="gradient", product="gradient", attention="gradient", name="gradient")
+GRADIENT = Composite(
+    activation="gradient",
+    norm="gradient",
+    product="gradient",
+    attention="gradient",
+    recurrence="gradient",
+    name="gradient",
+)
 PRESETS = {composite.name: composite for composite in (ATTN_LRP, CP_LRP, GRADIENT)}
 
 

@@ -1,13 +1,14 @@
 """Text with images → the tensors that an image-text model takes, one mapping for each prompt.
 
-The model's own processor makes them, so that image tokens, tiles and sizes are those that it was trained with; a mapping
-of prepared tensors is taken as it is.
+The model's own processor makes them, so that image tokens, tiles and sizes are those that it was trained with; a
+mapping of prepared tensors is taken as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ __all__ = ["conversations", "image_token", "shows_images"]
 
 
 def shows_images(inputs: object) -> bool:
-    """Whether there are images in the inputs themselves: prepared tensors, or chat messages that carry some."""
+    """Whether the inputs are or hold images: pictures, prepared tensors, or chat messages with a place for some."""
     if isinstance(inputs, Mapping):
-        return bool(set(PIXELS) & set(inputs))
+        return bool(set(PIXELS) & set(inputs)) or _placeholders(inputs)
     if isinstance(inputs, (list, tuple)):
-        return any(shows_images(item) or _placeholders(item) for item in inputs if isinstance(item, (Mapping, list)))
-    return False
+        return any(shows_images(item) for item in inputs)
+    return isinstance(inputs, Path) or type(inputs).__module__.split(".")[0] == "PIL"
 
 
 def conversations(inputs: Any, images: Any, model: Model, processor: Any) -> list[dict[str, Any]]:
@@ -58,8 +59,8 @@ def conversations(inputs: Any, images: Any, model: Model, processor: Any) -> lis
         return [_checked(dict(inputs), model)]
     if processor is None or not hasattr(processor, "tokenizer"):
         raise ValueError(
-            f"images with text need the model's processor: lxt.load(model, AutoProcessor.from_pretrained(...)); without "
-            f"one, pass what it would make of them, a mapping with input_ids and {', '.join(_taken(model))}"
+            f"images with text need the model's processor: lxt.load(model, AutoProcessor.from_pretrained(...)); "
+            f"without one, pass what it would make of them, a mapping with input_ids and {', '.join(_taken(model))}"
         )
     if isinstance(inputs, str) or _is_chat(inputs):
         prompts, each = [inputs], [images]

@@ -90,8 +90,8 @@ def _attention(
 ) -> Any:
     if composite.softmax_temperature != 1 and composite.attention != "value_only":
         raise ValueError(
-            f"Composite(softmax_temperature={composite.softmax_temperature}) needs the softmax, which {declaration.name}, "
-            "declared as attention, never shows; declare a reference written in torch operations in its place"
+            f"Composite(softmax_temperature={composite.softmax_temperature}) needs the softmax, which "
+            f"{declaration.name}, declared as attention, never shows; declare a reference written in torch operations"
         )
     places = declaration.places(len(args))
     given = [_at(args, kwargs, place) for place in places]

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 
 from lxt.declarations import ALLOWED, WATCHER, Declaration, attach, declaration_of, register_operation
 from lxt.mode import current_mode
@@ -186,10 +187,9 @@ def _declaration(function: Any, rule: Any, name: str, skip: int = 0) -> Declarat
 
 def _parameters(function: Any) -> list[str]:
     """Names of the parameters that may come by position."""
-    schema = getattr(getattr(function, "default", function), "_schema", None)
-    if schema is not None:
-        return [argument.name for argument in schema.arguments]
-    function = getattr(function, "_init_fn", function)  # torch.library.custom_op
+    function = getattr(function, "_opoverload", getattr(function, "default", function))
+    if isinstance(function, torch._ops.OpOverload):
+        return [argument.name for argument in function._schema.arguments]
     if getattr(function, "__name__", "") == "apply" and isinstance(getattr(function, "__self__", None), type):
         return _parameters(function.__self__.forward)[not _has_setup_context(function.__self__) :]
     try:
@@ -205,7 +205,7 @@ def _operation_of(thing: Any) -> str | None:
         return thing.rpartition("::")[2].rpartition(".")[2]
     if isinstance(thing, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return operation_name(thing)
-    if isinstance(thing, torch.library.CustomOpDef):
+    if isinstance(thing, CustomOpDef):
         return thing._name
     of_torch = (getattr(thing, "__module__", None) or "torch").split(".")[0] == "torch"
     if isinstance(thing, (BuiltinFunctionType, MethodDescriptorType)) and of_torch:

@@ -104,15 +104,15 @@ def with_prefix(prepared: Prepared, model: Model) -> Prepared:
     if not getattr(model.config, "is_encoder_decoder", False):
         return prepared
     embedding = _embedding(model, "decoder")
+    if embedding is None:
+        return prepared
     ids = prepared.decoder_ids
     if ids is None:  # a classifier: its decoder reads the source
-        if embedding is None or prepared.token_ids is None:
+        if prepared.token_ids is None:
             raise ValueError(
                 f"{type(model).__name__} can be explained from text or token ids only, not from embeddings"
             )
         ids = _decoder_ids(prepared, model, embedding)
-    if embedding is None:
-        return prepared
     with torch.no_grad():
         embeds = embedding(ids)
     return replace(prepared, decoder_ids=ids, decoder_embeds=embeds.detach(), reads_source=prepared.decoder_ids is None)

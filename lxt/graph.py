@@ -9,18 +9,38 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from lxt.compiling import compiled_inside
+from lxt.composites import Epsilon, Gamma
 from lxt.declarations import declaration_of
+from lxt.operations import unreachable_linear
 from lxt.unknown import unknown_function
 
 __all__ = ["foreign_functions", "refuse_foreign_functions"]
 
-# The plain gradient is the rule: linear layers of quantisation libraries, and the identity that torch puts around a
-# module with a full backward hook.
-LINEAR_FUNCTIONS = frozenset({"BackwardHookFunction", "MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt"})
+# The plain gradient is the rule: linear layers of quantisation libraries, the identity that torch puts around a module
+# with a full backward hook, and transformers' experts on a torch without grouped_mm.
+LINEAR_FUNCTIONS = frozenset(
+    {
+        "BackwardHookFunction",
+        "GeneratedBackwardFor_transformers_grouped_mm_fallback_default",
+        "MatMul4Bit",
+        "MatMul8bitFp",
+        "MatMul8bitLt",
+        "QuantizedLinearFunction",
+        "WeightQBytesLinearFunction",
+    }
+)
+
+
+_PLAIN = Epsilon()
 
 
 def refuse_foreign_functions(
-    output: Any, inputs: Any, declared: Mapping[str, str], approved: Collection[BackwardCFunction] = ()
+    output: Any,
+    inputs: Any,
+    declared: Mapping[str, str],
+    approved: Collection[BackwardCFunction] = (),
+    linear: Epsilon | Gamma = _PLAIN,
 ) -> None:
     """Search the graph of `output` back to `inputs` for custom autograd functions without a rule.
 
@@ -29,21 +49,28 @@ def refuse_foreign_functions(
         inputs: where the search ends, likewise.
         declared: names of functions -> "linear" for those whose plain gradient is right.
         approved: nodes that stand under a rule already.
+        linear: the composite's rule for linear layers, which those of quantisation libraries can't have.
 
     Raises:
-        ValueError: reentrant gradient checkpointing.
+        ValueError: reentrant gradient checkpointing; a compiled function; a linear layer out of its rule's reach.
         UnknownOperation: any other autograd function.
     """
     for node in foreign_functions(output, inputs):
         function = type(node)._forward_cls  # type: ignore[attr-defined]
         name = function.__name__
-        if node in approved or name in LINEAR_FUNCTIONS or declared.get(name) == "linear":
+        if node in approved or declared.get(name) == "linear":
+            continue
+        if name in LINEAR_FUNCTIONS:
+            if linear != _PLAIN and name != "BackwardHookFunction":
+                raise ValueError(unreachable_linear(linear, name))
             continue
         if name == "CheckpointFunction":
             raise ValueError(
                 "reentrant gradient checkpointing recomputes outside the rules and is silently wrong; "
                 "use use_reentrant=False"
             )
+        if function.__module__.startswith(("torch._dynamo", "torch._functorch")):
+            raise compiled_inside()
         raise unknown_function(function, declaration_of(function) is not None)
 
 

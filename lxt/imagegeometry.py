@@ -14,7 +14,7 @@ from lxt.conversations import image_token
 from lxt.imagepasses import ImagePass, ImageResult
 from lxt.imagerelevance import ImageRelevance
 from lxt.inputs import Model
-from lxt.pixels import pictures
+from lxt.pixels import channels, pictures
 
 __all__ = ["image_relevances"]
 
@@ -29,14 +29,30 @@ def image_relevances(
         grid = batch.inputs.get(name.replace("pixel_values", "image_grid_thw"))
         if values.dim() == 2 and isinstance(grid, Tensor):
             found += _from_sequence(values, relevance, result.patches, grid.tolist(), batch, model, processor, first)
-        elif values.dim() >= 4:
+        elif _is_picture(values, result.patches, batch, model):
             values, relevance = values.flatten(0, -4), relevance.flatten(0, -4)
             found += _from_pictures(values, relevance, result.patches, batch, model, processor, first)
     return found
 
 
+def _is_picture(values: Tensor, patches: Tensor | None, batch: ImagePass, model: Model) -> bool:
+    """Whether the last three dimensions are channel, height and width of something larger than one patch.
+
+    Some models take a sequence of patches that looks alike, and say elsewhere how to arrange it.
+    """
+    arranged = any(word in name for name in batch.inputs for word in ("grid", "target_sizes", "tgt_sizes", "shapes"))
+    single = patches is not None and patches[0].numel() == 1
+    return values.dim() >= 4 and values.shape[-3] == (channels(model) or 3) and not arranged and not single
+
+
 def _from_pictures(
-    values: Tensor, relevance: Tensor, patches: Tensor | None, batch: ImagePass, model: Model, processor: Any, first: int
+    values: Tensor,
+    relevance: Tensor,
+    patches: Tensor | None,
+    batch: ImagePass,
+    model: Model,
+    processor: Any,
+    first: int,
 ) -> list[ImageRelevance]:
     """Images [image, channel, height, width], or tiles of them; tiles of zeros only fill up the batch."""
     real = [i for i, image in enumerate(values) if image.any()] or list(range(len(values)))
@@ -78,12 +94,12 @@ def _from_sequence(
     processor: Any,
     first: int,
 ) -> list[ImageRelevance]:
-    """Images as one sequence of flattened patches, neighbours that are merged later side by side (Qwen2-VL's layout)."""
+    """Images as one sequence of flattened patches, those that are merged later side by side (Qwen2-VL's layout)."""
     config = model.config.vision_config
     merge, size = getattr(config, "spatial_merge_size", 1), config.patch_size
     deep = getattr(config, "temporal_patch_size", 1)
-    channels = values.shape[1] // (deep * size * size)
-    if channels * deep * size * size != values.shape[1] or sum(t * h * w for t, h, w in grids) != len(values):
+    count = values.shape[1] // (deep * size * size)
+    if count * deep * size * size != values.shape[1] or sum(t * h * w for t, h, w in grids) != len(values):
         return []
     flat = patches.flatten(1).sum(1) if patches is not None and len(patches) == len(values) else None
     owners = _owners_of_sequences(grids, merge, batch, model)
@@ -94,8 +110,8 @@ def _from_sequence(
 
         def image(x: Tensor, shape: tuple[int, ...] = shape) -> Tensor:
             """[channel, time, height, width]."""
-            whole = x.view(*shape, channels, deep, size, size).permute(5, 0, 6, 1, 3, 7, 2, 4, 8)
-            return whole.reshape(channels, shape[0] * deep, shape[1] * merge * size, shape[2] * merge * size)
+            whole = x.view(*shape, count, deep, size, size).permute(5, 0, 6, 1, 3, 7, 2, 4, 8)
+            return whole.reshape(count, shape[0] * deep, shape[1] * merge * size, shape[2] * merge * size)
 
         by_patch = None if flat is None else flat[part].view(*shape).permute(0, 1, 3, 2, 4).sum(0)
         found.append(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lxt.audit import audit
 from lxt.coefficients import wide
 from lxt.composites import Composite
+from lxt.holds import Holds, make_constant
 from lxt.inputs import Model, offender
 from lxt.narrow import narrowed
 from lxt.pixels import PIXELS
@@ -60,6 +61,7 @@ class ImageResult:
         patches: relevance at the first convolution's output, channels summed: [image, row, column]; None without one.
         tokens: [batch, token], relevance of the sequence that enters the language model; None for classifiers.
         relevance: that of everything that was given, in one row: what conserves, and what the auditor compares.
+        prefix: none: encoder-decoders aren't among these.
     """
 
     values: Tensor
@@ -69,6 +71,7 @@ class ImageResult:
     patches: Tensor | None
     tokens: Tensor | None
     relevance: Tensor
+    prefix: None = None
 
 
 class _Seen:
@@ -90,8 +93,11 @@ def run(model: Model, batch: ImagePass, patch: Callable[[], AbstractContextManag
         inputs = _placed(batch.inputs, model)
         leaves = {name: inputs[name].requires_grad_() for name in PIXELS if name in inputs}
         head = None if batch.mask is None else model.get_output_embeddings()
-        with watched(model, batch.mask is not None) as seen, narrowed(head, batch.places) as finish, patch():
-            logits = _usable(finish(model(**inputs).logits), model)
+        # constant on the bare model too: torch has another kernel where an attention bias requires grad
+        constant = Holds().hold(model.parameters(), make_constant)
+        seeing = watched(model, batch.mask is not None)
+        with constant, seeing as seen, narrowed(head, batch.places) as finish, patch():
+            logits = _usable(finish(_output(model(**inputs))), model)
             values, goals = evaluate(logits, batch.goals)
             parts = [*leaves.values(), *(x for x in (seen.embeds, seen.sequence, seen.stem) if x is not None)]
             gradients = torch.autograd.grad(values.sum(), parts, allow_unused=True)
@@ -133,7 +139,7 @@ def audited(model: Model, batch: ImagePass, rules: Composite) -> tuple[Tensor, t
         with narrowed(None, batch.places) as finish:
 
             def target(output: Any) -> Tensor:
-                return evaluate(finish(output.logits), batch.goals)[0].sum()
+                return evaluate(finish(_output(output)), batch.goals)[0].sum()
 
             found = audit(_Opened(model), inputs, target, rules, wrt=explained)
     return torch.cat([found.relevance[name].flatten().cpu() for name in explained]), found.unknown
@@ -171,7 +177,7 @@ def watched(model: Model, reads: bool, embeds: Tensor | None = None) -> Iterator
         if not ours() or seen.embeds is not None or not isinstance(output, Tensor) or output.dim() != 3:
             return None
         seen.embeds = embeds if embeds is not None else output.detach().clone().requires_grad_(torch.is_grad_enabled())
-        return seen.embeds
+        return seen.embeds.clone()  # which the model may write into
 
     def on_convolution(module: nn.Module, args: Any, output: Any) -> None:
         if ours() and seen.stem is None and isinstance(output, Tensor) and output.requires_grad:
@@ -179,9 +185,8 @@ def watched(model: Model, reads: bool, embeds: Tensor | None = None) -> Iterator
 
     def on_decoder(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = kwargs.get("inputs_embeds")
-        known = seen.embeds
-        if ours() and seen.sequence is None and isinstance(given, Tensor) and known is not None and given is not known:
-            seen.sequence = given if given.shape == known.shape and given.requires_grad else None
+        if ours() and seen.sequence is None and isinstance(given, Tensor) and seen.embeds is not None:
+            seen.sequence = given if given.shape == seen.embeds.shape and given.requires_grad else None
 
     with ExitStack() as undo:
         for module in model.modules():
@@ -196,6 +201,10 @@ def watched(model: Model, reads: bool, embeds: Tensor | None = None) -> Iterator
 def _decoder(model: Model) -> nn.Module:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else model.base_model
+
+
+def _output(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]
 
 
 def _usable(logits: Tensor, model: Model) -> Tensor:

@@ -13,7 +13,7 @@ __all__ = ["ImageRelevance", "from_tensors", "stacked", "to_tensors"]
 _PARTS = ("pixels", "patches", "picture")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageRelevance:
     """Relevance on one image (or one tile, where the model cuts images up).
 
@@ -47,6 +47,11 @@ class ImageRelevance:
                     raise ValueError(f"an image's {name} hold numbers that aren't finite; use a wider dtype")
                 part = part if part.dtype == torch.float64 else part.float()
             object.__setattr__(self, name, part)
+
+    def __repr__(self) -> str:
+        parts = ((name, getattr(self, name)) for name in _PARTS)
+        shown = (f"{name} {' × '.join(map(str, part.shape[:2]))}" for name, part in parts if part is not None)
+        return f"ImageRelevance(row {self.row}: {', '.join(shown)})"
 
     @property
     def total(self) -> float | None:

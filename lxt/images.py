@@ -122,9 +122,7 @@ def _rows(ids: Tensor, mask: Tensor) -> list[Row]:
     return rows
 
 
-def _appended(
-    batch: dict[str, Any], mask: Tensor, added: Sequence[tuple[int, ...]]
-) -> tuple[dict[str, Any], Tensor]:
+def _appended(batch: dict[str, Any], mask: Tensor, added: Sequence[tuple[int, ...]]) -> tuple[dict[str, Any], Tensor]:
     """The prompts with the tokens of a sequence target behind them."""
     count = len(added[0])
     if not any(added):

@@ -40,24 +40,28 @@ Model = Any
 ACCEPTED = (
     "a string, a list of strings, chat messages (dicts with 'role' and 'content') or a list of such chats, token ids "
     "(ints, lists of ints, an int64 tensor [token] or [batch, token]), or embeddings (a float tensor "
-    "[batch, token, hidden] or [token, hidden])"
+    "[batch, token, hidden] or [token, hidden]), or what the tokenizer returns for any of these or for pairs of texts"
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt. `ids` follow `embeds` where both are there (a target's tokens after given embeddings)."""
+    """One prompt. `ids` follow `embeds` where both are there (a target's tokens after given embeddings).
+
+    `types` say of each of the ids which sentence of a pair it belongs to; none at all is the model's default.
+    """
 
     ids: tuple[int, ...] = ()
     embeds: Tensor | None = None
     decoder: tuple[int, ...] = ()
+    types: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids) + (0 if self.embeds is None else len(self.embeds))
 
     def extended(self, ids: Sequence[int]) -> Row:
         """The prompt followed by more tokens, appended as ids: nothing is tokenised a second time."""
-        return replace(self, ids=(*self.ids, *ids))
+        return replace(self, ids=(*self.ids, *ids), types=(*self.types, *[*self.types[-1:]] * len(ids)))
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Prepared:
         special: [batch, token], True at BOS, separators and their kin; on the CPU.
         decoder_embeds: [batch, step, hidden], detached; None where the decoder's tokens are no input that is explained.
         reads_source: the decoder's tokens are the source's, one place to the right, as in classifiers.
+        token_types: [batch, token], 0 at padding; None where no prompt has any.
     """
 
     embeds: Tensor
@@ -87,6 +92,7 @@ class Prepared:
     special: Tensor
     decoder_embeds: Tensor | None = None
     reads_source: bool = False
+    token_types: Tensor | None = None
 
     def arguments(self, model: Model) -> dict[str, Any]:
         """The keyword arguments of the forward, apart from `inputs_embeds`."""
@@ -95,6 +101,7 @@ class Prepared:
             "input_ids": self.token_ids.to(self.embeds.device) if by_ids and self.token_ids is not None else None,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
+            "token_type_ids": self.token_types,
             "decoder_input_ids": None if self.reads_source else self.decoder_ids,
             "use_cache": False,
         }
@@ -103,7 +110,8 @@ class Prepared:
 
 
 def task(model: Model) -> str:
-    """What the model's head does: "causal", "masked", "sequence", "token", "image" (classifiers) or "seq2seq".
+    """What the model's head does: "causal", "masked", "sequence", "token", "image" (classifiers), "question" or
+    "seq2seq".
 
     Raises:
         ValueError: the model has no head that can be explained.
@@ -112,11 +120,12 @@ def task(model: Model) -> str:
         "ForSequenceClassification": "sequence",
         "ForTokenClassification": "token",
         "ForMaskedLM": "masked",
-        "ForQuestionAnswering": "",
+        "ForQuestionAnswering": "question",
         "ForMultipleChoice": "",
         "ForPreTraining": "",
     }
-    if any("ForImageClassification" in cls.__name__ for cls in type(model).__mro__):
+    by_image = any("ForImageClassification" in cls.__name__ for cls in type(model).__mro__)
+    if by_image and "input_ids" not in signature(type(model).forward).parameters:
         return "image"
     if "inputs_embeds" not in signature(type(model).forward).parameters:
         raise ValueError(
@@ -142,8 +151,8 @@ def task(model: Model) -> str:
 def _no_head(model: Model) -> NoReturn:
     raise ValueError(
         f"{type(model).__name__} has no head whose outputs attribute() can explain; it takes language models (causal, "
-        "masked, encoder-decoder) and sequence or token classifiers: load the model with such a class, or use "
-        "lxt.monkey_patch(model) and your own backward"
+        "masked, encoder-decoder), sequence or token classifiers and question answering: load the model with "
+        "such a class, or use lxt.monkey_patch(model) and your own backward"
     )
 
 
@@ -168,7 +177,7 @@ def read(inputs: object, model: Model, tokenizer: Any = None) -> list[Row]:
     elif isinstance(inputs, (list, tuple)):
         raise ValueError(f"inputs is an empty {type(inputs).__name__}; give at least one prompt: {ACCEPTED}")
     elif isinstance(inputs, Mapping) and "input_ids" in inputs:
-        raise TypeError(f"inputs is a {type(inputs).__name__} of a tokenizer; give its ids: inputs['input_ids']")
+        rows = _encoded(inputs)
     else:
         raise TypeError(f"inputs must be {ACCEPTED}; got {type(inputs).__name__}")
     if not rows:
@@ -206,10 +215,33 @@ def _text(text: str, tokenizer: Any) -> Row:
             f"the text isn't valid Unicode: character {error.start} is the lone surrogate {broken!r}; decode its bytes "
             "again, or leave it out"
         ) from None
-    ids = tokenizer(text, verbose=False)["input_ids"]  # `check` says it when it is too long
-    if not ids:
+    encoded = tokenizer(text, verbose=False)  # `check` says it when it is too long
+    if not encoded["input_ids"]:
         raise ValueError(f"the text {text!r} has no tokens in this tokenizer; give text that it can represent")
-    return _ids(ids)
+    return _encoded(encoded)[0]
+
+
+def _encoded(inputs: Mapping[str, Any]) -> list[Row]:
+    """What a tokenizer returns, such as a pair of texts with its token types; without its padding."""
+    parts = {}
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        given = inputs.get(name)
+        values = given.tolist() if isinstance(given, Tensor) else given
+        if values is not None:
+            parts[name] = (
+                values
+                if isinstance(values, (list, tuple)) and values and isinstance(values[0], (list, tuple))
+                else [values]
+            )
+    ids = parts["input_ids"]
+    masks = parts.get("attention_mask") or [[1] * len(row) for row in ids]
+    types = parts.get("token_type_ids") or [[0] * len(row) for row in ids]
+    rows = []
+    for row, mask, kinds in zip(ids, masks, types, strict=True):
+        kept = [(int(token), int(kind)) for token, real, kind in zip(row, mask, kinds, strict=True) if real]
+        kinds = tuple(kind for _, kind in kept)
+        rows.append(Row(tuple(token for token, _ in kept), types=kinds if any(kinds) else ()))
+    return rows
 
 
 def _chat(messages: Sequence[Any], tokenizer: Any) -> Row:
@@ -333,7 +365,7 @@ def pads_left(model: Model) -> bool:
     So it is for causal attention with positions 0, 1, 2 …; not where positions have an offset (RoBERTa), depend on
     the longest row (dynamic RoPE), or where tokens mix by convolution or recurrence.
     """
-    if "position_ids" not in signature(type(model).forward).parameters or task(model) == "seq2seq":
+    if "position_ids" not in signature(type(model).forward).parameters or task(model) in ("seq2seq", "question"):
         return False
     config = model.config.get_text_config()
     flags = {m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)}
@@ -393,7 +425,14 @@ def prepare(rows: Sequence[Row], model: Model, tokenizer: Any = None) -> Prepare
         labels=labels,
         mask=mask,
         special=torch.tensor(special),
+        token_types=_types(rows, width, device),
     )
+
+
+def _types(rows: Sequence[Row], width: int, device: torch.device) -> Tensor | None:
+    if not any(row.types for row in rows):
+        return None
+    return torch.tensor([[0] * (width - len(row.types)) + list(row.types) for row in rows], device=device)
 
 
 def _embedding(model: Model) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lxt.composites import Composite, Epsilon
+from lxt.declarations import Declaration
 from lxt.mode import RuleMode
 from lxt.operations import copy_mark
 from lxt.opnames import LINEAR_LAYERS, SOFTMAX, operation_name
@@ -90,6 +91,16 @@ class _LedgerMode(RuleMode):
         super().__init__(composite, operations)
         self._ledger = ledger
 
+    def declared(
+        self, declaration: Declaration, function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A declared function is booked as a whole; a reference in its place, operation by operation."""
+        if callable(declaration.rule):
+            return super().declared(declaration, function, args, kwargs)
+        book = partial(self._ledger.add, (declaration.name, self._ledger.where()))
+        args, kwargs = _tapped(args, book, -1), _tapped(kwargs, book, -1)
+        return _tapped(super().declared(declaration, function, args, kwargs), book, 1)
+
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -100,7 +111,9 @@ class _LedgerMode(RuleMode):
         if name in _IN_PLACE:  # out of place, since what was there before is part of the balance
             target = args[0].clone(), *args[1:]
             return args[0].copy_(self.__torch_function__(getattr(torch.Tensor, _IN_PLACE[name]), types, target, kwargs))
-        if kind == "bias" and isinstance(self.composite.linear, Epsilon) and self.composite.linear.epsilon:
+        rule = self.composite.convolution if name.startswith("conv") else None
+        rule = rule or self.composite.linear
+        if kind == "bias" and isinstance(rule, Epsilon) and rule.epsilon:
             kind = "bias and epsilon"
         book = partial(self._ledger.add, (kind, self._ledger.where()))
         result = super().__torch_function__(func, types, _tapped(args, book, -1), _tapped(kwargs or {}, book, -1))

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lxt.coefficients import wide
 from lxt.composites import Epsilon, Gamma
@@ -45,21 +48,24 @@ class _Gamma(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, c_z: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, weight, bias, z = ctx.saved_tensors
-        up, down = weight + ctx.gamma * weight.clamp(min=0), weight + ctx.gamma * weight.clamp(max=0)
-        up_bias = None if bias is None else bias + ctx.gamma * bias.clamp(min=0)
-        down_bias = None if bias is None else bias + ctx.gamma * bias.clamp(max=0)
+        z = z.to(wide(z.dtype))
         with torch.enable_grad():
-            positive = x.detach().clamp(min=0).requires_grad_()
-            negative = x.detach().clamp(max=0).requires_grad_()
-            excited = ctx.f(positive, up, up_bias) + ctx.f(negative, down, None)
-            inhibited = ctx.f(positive, down, down_bias) + ctx.f(negative, up, None)
-        # z / excited before c_z: z c_z leaves the range of float16
-        into_excited = torch.where(z > 0, z / torch.where(z > 0, excited, 1.0) * c_z, 0.0)
-        into_inhibited = torch.where(z < 0, z / torch.where(z < 0, inhibited, 1.0) * c_z, 0.0)
-        c_positive, c_negative = torch.autograd.grad(
-            (excited, inhibited), (positive, negative), (into_excited.detach(), into_inhibited.detach())
-        )
-        return torch.where(x > 0, c_positive, c_negative), None, None, None, None
+            above, below = (x.detach().clamp(**side).requires_grad_() for side in ({"min": 0}, {"max": 0}))
+            # their sum p is all contributions > 0; those < 0 are z - p, which loses no digits where z < 0
+            rising = ctx.f(above, weight.clamp(min=0), None if bias is None else bias.clamp(min=0))
+            falling = ctx.f(below, weight.clamp(max=0), None)
+        p = (rising + falling).detach().to(z.dtype)
+        total = z + ctx.gamma * torch.where(z > 0, p, z - p)
+        # the quotient before c_z: z c_z leaves the range of float16
+        c_total = torch.where(z == 0, 0.0, z / torch.where(z == 0, 1.0, total) * c_z)
+        favoured = (1 + ctx.gamma) * c_total
+        # the coefficients of contributions > 0, and of those < 0
+        to_positive = torch.where(z > 0, favoured, c_total).to(rising.dtype)
+        to_negative = torch.where(z > 0, c_total, favoured).to(rising.dtype)
+        parts = partial(torch.autograd.grad, (rising, falling), (above, below))
+        c_above = sum(parts((to_positive, to_negative), retain_graph=True))
+        c_below = sum(parts((to_negative, to_positive)))
+        return torch.where(x > 0, c_above, c_below), None, None, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, f: LinearMap, rule: Epsilon | Gamma) -> Tensor:
@@ -78,22 +84,16 @@ def learned_product(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any
     """A product of an activation and a parameter, `x @ weight.T` or an einsum, under `rule`.
 
     Raises:
-        ValueError: the other factor is no parameter or view of one: attention weights that are constant, or a
-            selection of experts, look the same here and are no linear layer.
+        ValueError: the other factor is no parameter or view of one. Attention weights that are constant, queries that
+            are, and selected experts all look the same here, and only the last are linear layers.
     """
-    if len(args) == 2 and isinstance(args[1], (list, tuple)):  # einsum(equation, operands)
-        args = (args[0], *args[1])
     places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
     if len(places) == 2:
         x_at, weight_at = places if args[places[0]].requires_grad else reversed(places)
         if args[x_at].requires_grad and _is_learned(args[weight_at]):
             return linear(args[x_at], args[weight_at], None, _as_map(func, args, kwargs, x_at, weight_at), rule)
-    name = getattr(func, "__name__", func)
-    raise ValueError(
-        f"Composite(linear={rule}) can't reach a linear map that is written as {name} with a factor that is no "
-        "parameter; use linear=Epsilon(), or model.set_experts_implementation('eager') where experts are it, or "
-        "model.set_attn_implementation('sdpa') where it is attention with constant queries"
-    )
+    _refuse_unless_attention(func, rule)
+    return func(*args, **kwargs)
 
 
 def sum_of_product(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Epsilon | Gamma) -> Tensor:
@@ -105,13 +105,34 @@ def sum_of_product(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
             term of a sum, and no bias.
         kwargs: torch's `alpha` and `beta`.
         rule: of linear maps.
+
+    Raises:
+        ValueError: the constant of a batched product is no parameter, as in `learned_product`.
     """
     summand = args[0]
     x_at, weight_at = (1, 2) if args[1].requires_grad else (2, 1)
+    if args[weight_at].dim() > 2 and not _is_learned(args[weight_at]):
+        _refuse_unless_attention(func, rule)
+        return func(*args, **kwargs)
     f = _as_map(func, args, kwargs, x_at, weight_at, bias_at=0)
     if summand.requires_grad:
         return linear(args[x_at], args[weight_at], None, f, rule) + summand * kwargs.get("beta", 1)
     return linear(args[x_at], args[weight_at], summand, f, rule)
+
+
+def _refuse_unless_attention(func: Callable, rule: Epsilon | Gamma) -> None:
+    """In torch's own attention, whose queries may be constant, a product of two tensors is no linear layer."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is F.multi_head_attention_forward.__code__:
+            return
+        frame = frame.f_back
+    name = getattr(func, "__name__", func)
+    raise ValueError(
+        f"Composite(linear={rule}) can't reach a linear map that is written as {name} with a factor that is no "
+        "parameter; use linear=Epsilon(), or model.set_experts_implementation('eager') where experts are it, or "
+        "model.set_attn_implementation('sdpa') where it is attention with constant queries"
+    )
 
 
 def _is_learned(tensor: Tensor) -> bool:

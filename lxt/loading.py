@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def model_of(name: str, dtype: torch.dtype | None) -> Any:
         "ForMaskedLM": transformers.AutoModelForMaskedLM,
         "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
         "ForTokenClassification": transformers.AutoModelForTokenClassification,
+        "ForQuestionAnswering": transformers.AutoModelForQuestionAnswering,
         "ForImageClassification": transformers.AutoModelForImageClassification,
         "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
     }
@@ -97,7 +99,13 @@ def processor_of(name: str | Path, model: Any) -> Any:
 
     if task(model) == "image":
         return _fetched(transformers.AutoImageProcessor, str(name), "image processor")
-    return _fetched(transformers.AutoProcessor, str(name), "processor") if sees(model) else tokenizer_of(name)
+    if not sees(model):
+        return tokenizer_of(name)
+    try:
+        return _fetched(transformers.AutoProcessor, str(name), "processor")
+    except ValueError as error:  # one that can't be made here still leaves text to explain
+        warnings.warn(f"images can't be prepared, only text: {error}", stacklevel=3)
+        return tokenizer_of(name)
 
 
 def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:

@@ -14,7 +14,6 @@ An activation is a tensor that requires grad: parameters don't while a patched m
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +23,11 @@ from torch import nn
 from torch._C import _autograd, _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
 
+from lxt.compiling import compiled_inside
 from lxt.composites import Composite
 from lxt.declarations import Declaration, declared_operations
 from lxt.declared_rules import apply, stand_in
+from lxt.entering import enter
 from lxt.operations import Handler, activations, copy_mark, handlers, without_dropout
 from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
 from lxt.unknown import UnknownOperation, unknown_operation, unknown_vmap, where
@@ -73,7 +74,9 @@ class RuleMode(TorchFunctionMode):
             return without_dropout(func, args, kwargs)
         self._refuse_checkpoint_of_a_function(func)
         if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
-            raise unknown_vmap(where())  # a batched tensor hides that it requires grad
+            raise (
+                compiled_inside(where()) if torch.compiler.is_compiling() else unknown_vmap(where())
+            )  # a batched tensor hides that it requires grad
         handler = self._resolved.get(func)
         if handler is None:
             handler = self._resolved[func] = self._resolve(func)
@@ -87,9 +90,9 @@ class RuleMode(TorchFunctionMode):
         self, declaration: Declaration, function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A function that the user declared, under its rule; the mode is entered."""
+        self._refuse_checkpoint_of_a_function(declaration.name)
         if not activations((args, kwargs)):
             return function(*args, **kwargs)
-        self._refuse_checkpoint_of_a_function(function)
         if callable(declaration.rule):
             return stand_in(declaration, function, declaration.rule, args, kwargs)
 
@@ -115,11 +118,12 @@ class RuleMode(TorchFunctionMode):
 
         yield approve
 
-    def _refuse_checkpoint_of_a_function(self, func: Callable) -> None:
+    def _refuse_checkpoint_of_a_function(self, func: Callable | str) -> None:
         hook = checkpoint_hook()
         if hook is not None and hook is not self.recomputable:
+            name = func if isinstance(func, str) else operation_name(func)
             raise ValueError(
-                f"{operation_name(func)!r}{where()} runs in a function of its own that is checkpointed, which would "
+                f"{name!r}{where()} runs in a function of its own that is checkpointed, which would "
                 "be recomputed without the rules; checkpoint a module instead, or use "
                 "model.gradient_checkpointing_enable()"
             )
@@ -150,7 +154,7 @@ class RuleMode(TorchFunctionMode):
 
     def _enter_function(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self:
-            return torch._C._skip_one_hop_torch_function(func, (), args, kwargs)
+            return enter(func, args, kwargs)
 
     def _unknown(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

@@ -19,7 +19,7 @@ from lxt.attention import scaled_dot_product_attention
 from lxt.coefficients import ratio
 from lxt.composites import Composite, Epsilon, Gamma
 
-__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark", "without_dropout"]
+__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark", "unreachable_linear", "without_dropout"]
 
 Handler = Callable[[Callable, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -141,6 +141,8 @@ def _pair(composite: Composite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], (list, tuple)):  # einsum(equation, operands)
+        args = (args[0], *args[1])
     factors = activations((args, kwargs))
     if len(factors) == 1 and composite.linear != Epsilon() and "weights" not in map(_mark_of, args):
         return linear_rules.learned_product(func, args, kwargs, composite.linear)
@@ -187,14 +189,46 @@ def _linear_layer(
         x, weight = _pair(composite, x, weight) if _is_activation(x) else (x, weight)
         return func(x, weight, *rest, **kwargs)
     if rule == Epsilon():
-        return func(x, weight, *rest, **kwargs)
+        return _with_gradient(func(x, weight, *rest, **kwargs), func, weight)
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(unreachable_linear(rule, type(weight).__name__))
     bias = rest.pop(0) if rest else None
     return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **kwargs), rule)
+
+
+def _with_gradient(result: Any, func: Callable, weight: Any) -> Any:
+    if not result.requires_grad:
+        raise ValueError(
+            f"{opnames.operation_name(func)!r} with a weight of type {type(weight).__name__} lost its input's gradient,"
+            " as quantised activations do (rounding has none): relevance would stop here; quantise the weights only"
+        )
+    return result
+
+
+def unreachable_linear(rule: object, what: str) -> str:
+    """The error's text for a rule of linear layers that would have to read quantised weights."""
+    return (
+        f"Composite(linear={rule}) can't reach the quantised linear layers of this model ({what}); use "
+        "linear=Epsilon(), or the model with its weights in full"
+    )
+
+
+def _keep_weights(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is put together of softmax weights alone is softmax weights."""
+    weights = {_mark_of(operand) for operand in activations((args, kwargs))} == {"weights"}
+    result = func(*args, **kwargs)
+    return mark(result, "weights") if weights else result
 
 
 def _division(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = _positional(args, kwargs, "input self")
     return copy_mark(args[0], func(args[0], *_stop_all(args[1:]), **_stop_all(kwargs)))
+
+
+def _solve(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The matrix is a denominator and so a constant; the solution is linear in the right-hand side."""
+    args, kwargs = _positional(args, kwargs, "input self A", "other B")
+    return func(_stop_all(args[0]), *args[1:], **kwargs)
 
 
 def _power(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,11 +237,12 @@ def _power(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         exponent = exponent.item()
     if not _is_activation(base) or not isinstance(exponent, (int, float)) or exponent < 1:
         return _constant(func, args, kwargs)
-    return rules.scale_gradient(func(*args, **kwargs), 1 / float(exponent))
+    return copy_mark(base, rules.scale_gradient(func(*args, **kwargs), 1 / float(exponent)))
 
 
 def _square(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return rules.scale_gradient(func(*args, **kwargs), 0.5)
+    args, kwargs = _positional(args, kwargs, "input self")
+    return copy_mark(args[0], rules.scale_gradient(func(*args, **kwargs), 0.5))  # relu(x)^2 is an activation
 
 
 def _scalar_sum(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -275,6 +310,12 @@ def _near_zero(func: Callable, rest: tuple[Any, ...], options: dict[str, Any], x
     return at_zero != 0, below / -1e-20
 
 
+def _reduction(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sums, means and selections are linear; a product of what falls together is not."""
+    multiplies = any(isinstance(value, str) and value == "prod" for value in (*args, *kwargs.values()))
+    return _constant(func, args, kwargs) if multiplies else func(*args, **kwargs)
+
+
 def _marking_gate(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return mark(func(*args, **kwargs), "gate")
 
@@ -320,6 +361,18 @@ def _group_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _batch_norm(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    if func is torch.batch_norm:
+        names = (
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "training",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
+        )
     named = dict(zip(names, args, strict=False)) | kwargs
     if named.get("training"):
         if composite.norm == "gradient":
@@ -328,8 +381,8 @@ def _batch_norm(composite: Composite, func: Callable, args: tuple[Any, ...], kwa
             "BatchNorm in training mode has no rule: its statistics mix the batch; call model.eval() first"
         )
     _refuse_active_weights("batch_norm", (named.get("weight"), named.get("bias")))
-    statistics = [named.get(name) for name in names[1:5]]
-    return rules.batch_norm(named["input"], *statistics, named.get("eps", 1e-5))
+    tensors = [named.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
+    return rules.batch_norm(named["input"], *tensors, named.get("eps", 1e-5))
 
 
 def _grid_sampler(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -415,6 +468,8 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
         use(opnames.CONSTANT, _constant)
         use(opnames.DIVISIONS, _division)
         use(opnames.REVERSE_DIVISIONS, _constant)
+        use(opnames.SOLVES, _solve)
+        use(("scatter_reduce", "index_reduce"), _reduction)
         use(opnames.NORM_PARTS, partial(_norm_part, composite))
         use(opnames.SCALAR_SUMS, _scalar_sum)
         table |= {"square": _square, "glu": _glu, "grid_sampler": _grid_sampler}
@@ -447,6 +502,7 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
     }
     if composite.product != "gradient":
         use(("add_", "__iadd__", "sub_", "__isub__"), _scalar_sum_in_place)
+    use(opnames.WEIGHT_KEEPING, _keep_weights)
     table = {name: _only_activations(handler) for name, handler in table.items()}
     use(opnames.DROPOUTS, _no_dropout)
     return table

@@ -27,7 +27,9 @@ __all__ = [
     "REVERSE_DIVISIONS",
     "SCALAR_SUMS",
     "SOFTMAX",
+    "SOLVES",
     "SUMS_OF_PRODUCT",
+    "WEIGHT_KEEPING",
     "operation_name",
 ]
 
@@ -51,12 +53,19 @@ MARK_KEEPING = _names(
     _to_copy view_as_real view_as_complex T mT H mH"""
 )
 
+# What softmax weights are put together with: a router's, before they meet the experts.
+WEIGHT_KEEPING = _names(
+    """cat concat concatenate stack hstack vstack dstack column_stack where scatter scatter_ scatter_add scatter_add_
+    index_put index_put_ sum"""
+)
+
 # The plain gradient is the rule: linear maps, selections, homogeneous functions of degree one, losses and queries.
 LINEAR = _names(
     """add __add__ __radd__ __iadd__ add_ sub subtract __sub__ sub_ __isub__ rsub __rsub__ neg negative neg_ positive
     sum nansum mean nanmean cumsum diff trapezoid cat concat concatenate stack hstack vstack dstack column_stack
     block_diag index_add index_add_ index_put index_put_ _index_put_impl_ index_copy index_copy_ index_fill index_fill_
-    scatter scatter_ scatter_add scatter_add_ select_scatter slice_scatter diagonal_scatter masked_scatter
+    scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_reduce index_reduce_
+    select_scatter slice_scatter diagonal_scatter masked_scatter
     masked_scatter_ masked_fill_ __setitem__ copy_ where pad constant_pad_nd tril triu tril_ triu_ diagonal diag
     diag_embed trace meshgrid unfold fold im2col col2im as_strided swapaxes_ squeeze_ unsqueeze_ transpose_ t_
     embedding embedding_bag max min amax amin maximum minimum fmax fmin aminmax median mode kthvalue abs absolute abs_
@@ -77,12 +86,13 @@ LINEAR = _names(
 PRODUCTS = _names("mul multiply __mul__ __rmul__")
 MATRIX_PRODUCTS = _names(
     """matmul __matmul__ __rmatmul__ bmm mm mv dot inner outer ger vdot tensordot kron chain_matmul multi_dot
-    linalg_multi_dot linalg_vecdot einsum _grouped_mm grouped_mm"""
+    linalg_multi_dot linalg_vecdot einsum _grouped_mm grouped_mm grouped_mm_fallback"""
 )
 SUMS_OF_PRODUCT = _names("addmm baddbmm addbmm addmv addr addcmul")  # (summand, factor, factor)
 LINEAR_LAYERS = _names("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
-DIVISIONS = _names("div divide true_divide __truediv__")
+DIVISIONS = _names("div divide true_divide __truediv__ cholesky_solve")
 REVERSE_DIVISIONS = _names("__rdiv__ __rtruediv__")
+SOLVES = _names("linalg_solve linalg_solve_ex linalg_solve_triangular")  # (matrix, right-hand side)
 POWERS = _names("pow __pow__ float_power")
 SOFTMAX = _names("softmax special_softmax _softmax")
 DROPOUTS = _names(
@@ -97,7 +107,9 @@ NORM_PARTS = _names(
 # f(0) is not 0, or no share of relevance is defined: gates, decays, denominators.
 CONSTANT = _names(
     """logsumexp logcumsumexp cumprod prod cdist exp exp2 log log2 log10 cos sin cosh acos sigmoid expit special_expit
-    hardsigmoid softplus logsigmoid log_sigmoid logaddexp __rpow__ erfc special_erfc fmod remainder __mod__"""
+    inverse linalg_inv linalg_inv_ex linalg_pinv
+    hardsigmoid softplus logsigmoid log_sigmoid logaddexp __rpow__ erfc special_erfc fmod remainder __mod__ sign sgn
+    ceil floor round fix trunc floor_divide __floordiv__ heaviside"""
 )
 
 # Element-wise functions with f(0) = 0 -> their closed form in lxt.coefficients.
@@ -131,7 +143,7 @@ IN_PLACE_DUNDERS = {"__imul__": "mul", "__itruediv__": "div", "__idiv__": "div",
 # Everything above: where a composite asks for the gradient, these run as they are and not as unknown.
 KNOWN = (
     LINEAR | PRODUCTS | MATRIX_PRODUCTS | SUMS_OF_PRODUCT | LINEAR_LAYERS | DIVISIONS | REVERSE_DIVISIONS | POWERS
-    | SOFTMAX | DROPOUTS | NORM_PARTS | CONSTANT | frozenset(CLOSED_FORMS) | BY_RATIO
+    | SOLVES | SOFTMAX | DROPOUTS | NORM_PARTS | CONSTANT | frozenset(CLOSED_FORMS) | BY_RATIO
     | _names("layer_norm rms_norm group_norm gelu glu square log_softmax scaled_dot_product_attention")
 )  # fmt: skip
 KNOWN |= {name + "_" for name in KNOWN} | set(IN_PLACE_DUNDERS)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from lxt.latents import capture, residual_layers, sites
 from lxt.narrow import narrowed
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names
+from lxt.spans import stacked
 from lxt.targets import Goal, evaluate
 
 __all__ = ["Result", "audited", "run"]
@@ -97,7 +98,7 @@ def run(
             patch(),
         ):
             output = forward(model, prepared)
-            logits = finish(output.logits if hasattr(output, "logits") else output[0])
+            logits = finish(_logits(output, model))
             if not logits.requires_grad:
                 raise ValueError(
                     f"the logits of {type(model).__name__} don't depend on its embeddings as far as autograd knows: a "
@@ -132,6 +133,12 @@ def run(
     )
 
 
+def _logits(output: Any, model: Model) -> Tensor:
+    if task(model) == "question":
+        return stacked(output)
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
 def _by_token(parts: Sequence[Tensor], prepared: Prepared) -> tuple[Tensor, Tensor | None]:
     """The relevance of the prompt's tokens, [batch, token], and of the decoder's own tokens, [batch]."""
     if len(parts) == 1:
@@ -143,7 +150,12 @@ def _by_token(parts: Sequence[Tensor], prepared: Prepared) -> tuple[Tensor, Tens
 
 
 def audited(
-    model: Model, tokenizer: Any, rows: Sequence[Row], goals: Sequence[Goal], rules: Composite
+    model: Model,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    goals: Sequence[Goal],
+    rules: Composite,
+    operations: Mapping[str, str],
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The rows' relevance by the auditor, all logits computed, [batch, token]; and the operations unknown to it."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -154,10 +166,10 @@ def audited(
         with narrowed(None, where) as finish:
 
             def target(output: Any) -> Tensor:
-                logits = finish(output.logits if hasattr(output, "logits") else output[0])
+                logits = finish(_logits(output, model))
                 return evaluate(logits, goals)[0].sum()
 
-            found = audit(called, explained | prepared.arguments(model), target, rules, wrt=tuple(explained))
+            found = audit(called, explained | prepared.arguments(model), target, rules, tuple(explained), operations)
     relevance, _ = _by_token([found.relevance[name].sum(-1).cpu() for name in explained], prepared)
     return relevance.masked_fill(~prepared.mask, 0), found.unknown
 
@@ -168,7 +180,7 @@ def _places(rows: Sequence[Row], goals: Sequence[Goal], kind: str) -> Tensor:
     return torch.tensor(
         [
             [
-                place + (0 if kind == "seq2seq" else width - len(row))
+                place + (0 if kind in ("seq2seq", "question") else width - len(row))
                 for place in (*goal.positions, *[goal.positions[-1]] * (count - len(goal.positions)))
             ]
             for row, goal in zip(rows, goals, strict=True)

@@ -36,6 +36,7 @@ from lxt.operations import activations
 from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names, refuse_what_has_no_rule
+from lxt.recurrences import recurrent_forward
 from lxt.swapping import swap_class_forward, swap_forward
 
 __all__ = ["ModeFactory", "PatchHandle", "monkey_patch", "patch_model", "rules_of"]
@@ -233,6 +234,8 @@ class _ModelPatch(_Patch):
         forward = factory(module, self.composite) if factory else None
         if forward is None and self._rewire and uses_interface(module):
             forward = rewired_forward(module, self.composite)
+        if forward is None and _is_own(module):
+            forward = recurrent_forward(module, self.composite)
         if forward is not None:
             self._undo.callback(swap_forward(module, self._fused(forward)))
             self.fused[name] = self.fused.get(name, 0) + 1
@@ -291,16 +294,20 @@ class _ModelPatch(_Patch):
             mode.explained = frozenset(map(id, activations((args, kwargs))))
             output = forward(module, *args, **kwargs)
         if torch.is_grad_enabled():
-            refuse_foreign_functions(output, (args, kwargs), self._map.operations, mode.approved)
+            refuse_foreign_functions(
+                output, (args, kwargs), self._map.operations, mode.approved, self.composite.linear
+            )
         return output
 
     @contextmanager
     def _running(self, module: nn.Module) -> Iterator[RuleMode]:
         token = _RUNNING.set(self)
         modules = list(module.modules())
+        # Without gradients nothing needs constants, and torch's choice of kernels would see the difference.
+        parameters = module.parameters() if torch.is_grad_enabled() else ()
         try:
             with (
-                self._holds.hold(module.parameters(), make_constant),
+                self._holds.hold(parameters, make_constant),
                 self._still.hold(modules, make_still),
                 self._compiled.hold(modules, make_uncompiled),
                 self._holds.hold(modules if torch.is_grad_enabled() else (), self._checkpoint_under_rules),

@@ -106,7 +106,7 @@ def raw_image(image: object, model: Model) -> Any:
             f"got the text {image[:40]!r} where {type(model).__name__} needs an image: {_IMAGES}. To read a file, "
             "pass pathlib.Path(...)"
         )
-    channels = _channels(model)
+    count = channels(model)
     if type(image).__module__.split(".")[0] == "PIL":
         pil: Any = image
         return pil.convert("RGB") if channels in (None, 3) else pil
@@ -140,7 +140,7 @@ def _opened(path: Path) -> Any:
 
 
 def _check_pixels(pixels: Tensor, model: Model) -> None:
-    channels = _channels(model)
+    count = channels(model)
     if not len(pixels):
         raise ValueError(f"inputs hold no image: their first dimension is 0; give at least one: {_IMAGES}")
     if channels is not None and pixels.shape[1] != channels:
@@ -153,7 +153,7 @@ def _check_pixels(pixels: Tensor, model: Model) -> None:
         raise ValueError("pixel_values hold NaN or inf; give finite numbers")
 
 
-def _channels(model: Model) -> int | None:
+def channels(model: Model) -> int | None:
     """How many channels the model's images have, None where its configuration doesn't say."""
     config = getattr(model.config, "vision_config", model.config)
     found = getattr(config, "num_channels", getattr(config, "in_channels", None))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
+import torch
 from torch import nn
 
 from lxt.interfaces import SEEN_BY_THE_MODE, uses_interface
 
-__all__ = ["attention_names", "refuse_missing_weights", "refuse_what_has_no_rule"]
+__all__ = ["attention_names", "refuse_missing_weights", "refuse_virtual_tokens", "refuse_what_has_no_rule"]
 
 
 def refuse_what_has_no_rule(model: nn.Module) -> None:
-    """Check weights, kernels and the attention implementation.
+    """Check the kind of model, weights, kernels and the attention implementation.
 
     Raises:
         ValueError: names what was found and what to do about it.
     """
+    _refuse_what_the_mode_cannot_see(model)
     refuse_missing_weights(model)
     if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
         raise ValueError(
@@ -30,6 +34,53 @@ def refuse_what_has_no_rule(model: nn.Module) -> None:
             )
 
 
+def _refuse_what_the_mode_cannot_see(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        at = f"{name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{at} is TorchScript, which runs without Python, so that no rule can reach its operations; patch the "
+                "module that torch.jit.trace or torch.jit.script was given"
+            )
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                f"{at} is a DataParallel, whose copies run in threads of their own, without the rules; patch its "
+                ".module and run that, in batches or in a process for each device"
+            )
+    named = {cls: _scripted_function(cls) for cls in {type(module) for module in model.modules()}}
+    for module in model.modules():
+        held = next((key for key, x in module.__dict__.items() if isinstance(x, torch.jit.ScriptFunction)), None)
+        function = held or named[type(module)]
+        if function is not None:
+            raise ValueError(
+                f"{type(module).__name__} calls {function!r}, a function under torch.jit.script, which runs without "
+                "Python, so that no rule can reach its operations; set the environment variable PYTORCH_JIT=0 before "
+                "importing torch"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made under torch.inference_mode(), so that no gradient can go through it; "
+                "load the model outside of inference_mode"
+            )
+
+
+def _scripted_function(cls: type[nn.Module]) -> str | None:
+    """A TorchScript function that a method of the class names, or that the functions it names do."""
+    todo = [method for method in vars(cls).values() if isinstance(method, FunctionType)]
+    seen = set(todo)
+    while todo:
+        function = todo.pop()
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, torch.jit.ScriptFunction):
+                return name
+            if isinstance(value, FunctionType) and value.__module__ == cls.__module__ and value not in seen:
+                seen.add(value)
+                todo.append(value)
+    return None
+
+
 def refuse_missing_weights(model: nn.Module) -> None:
     """Check that the weights are there, or that accelerate brings them.
 
@@ -42,6 +93,21 @@ def refuse_missing_weights(model: nn.Module) -> None:
                 f"parameter {name!r} is on the meta device: the model has no weights; load it with from_pretrained, "
                 "or dispatch it with accelerate"
             )
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Check that the logits are those of the tokens that were given, one position each.
+
+    Raises:
+        ValueError: peft puts tokens of its own before them (prompt tuning, p-tuning).
+    """
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(getattr(config, "peft_type", None), "value", "")
+    if getattr(config, "is_prompt_learning", False) and kind not in ("PREFIX_TUNING", "ADAPTION_PROMPT"):
+        raise ValueError(
+            f"peft puts virtual tokens before the prompt ({kind}), so that positions and logits are not the prompt's; "
+            "use lxt.monkey_patch(model) and a backward from model(inputs_embeds=...).logits of your own"
+        )
 
 
 def attention_names(model: nn.Module) -> set[str | None]:

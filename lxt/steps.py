@@ -257,20 +257,20 @@ def _given(target: str | Sequence[int], model: Model, tokenizer: Any) -> Written
     wrong = [token for token in ids if not 0 <= token < size]
     if wrong:
         raise ValueError(f"the target's id {wrong[0]} is out of range: {type(model).__name__} has ids 0 to {size - 1}")
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # mBART's begins with the language
-    if shift is not None:
-        return Written(tuple(shift(labels=torch.tensor([ids]))[0].tolist()), ids)
-    return Written((_start(model), *ids[:-1]), ids)
+    return Written(_shifted(ids, model), ids)
 
 
-def _start(model: Model) -> int:
+def _shifted(ids: tuple[int, ...], model: Model) -> tuple[int, ...]:
     start = getattr(model.config, "decoder_start_token_id", None)
-    if start is None:
+    if start is not None:
+        return (start, *ids[:-1])
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # mBART begins with the language, its last
+    if shift is None:
         raise ValueError(
             f"the configuration of {type(model).__name__} has no decoder_start_token_id, which its decoder begins "
             "with; set model.config.decoder_start_token_id"
         )
-    return start
+    return tuple(shift(labels=torch.tensor([ids]))[0].tolist())
 
 
 def _greedy(row: Row, model: Model, max_new_tokens: int) -> Written:

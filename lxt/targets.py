@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lxt.coefficients import wide
 from lxt.inputs import Model, Row, task
+from lxt.spans import best, wanted
 from lxt.tokens import display
 
 __all__ = ["Goal", "Kind", "Target", "evaluate", "name_of", "resolve"]
@@ -37,8 +38,8 @@ class Target:
     ' cats'
 
     Attributes:
-        token: a string, an id, or ids in sequence; a class index or label for classifiers. None is what the model
-            predicts.
+        token: a string, an id, or ids in sequence; a class index or label for classifiers; for question answering
+            "start", "end", the answer's text, or its first and last position. None is what the model predicts.
         position: the position whose output is explained, among the row's own tokens; negative counts from the end.
             None is the last one, and the masked one for masked language models.
         kind: `logit`; `logprob`; `prob`; `centered`, the logit minus its mean over the vocabulary. None is `logit`
@@ -72,6 +73,7 @@ class Goal:
         kind: as in Target, or `custom` for a function.
         contrast: ids whose mean is subtracted.
         function: the function of the logits, if it is one.
+        span: the positions are an answer's start and end, and the ids tokens of the prompt (lxt.spans).
     """
 
     ids: tuple[int, ...]
@@ -79,6 +81,7 @@ class Goal:
     kind: str
     contrast: tuple[int, ...] = ()
     function: Score | None = None
+    span: bool = False
 
 
 def resolve(
@@ -142,12 +145,15 @@ class _Resolver:
         return self.task in ("sequence", "token", "image")
 
     def goal(self, target: Target, row: Row) -> tuple[Row, Goal]:
+        if self.task == "question":
+            return row, self.span(target, row)
         ids: tuple[int, ...] = self.ids(target.token, "target") if target.token is not None else ()
         given: Any = target.contrast
         contrast = given if isinstance(given, (list, tuple)) else [given]
         foils = tuple(self.single(foil, "contrast") for foil in contrast if foil is not None)
-        if len(ids) > 1:
-            self.sequence_allowed(target, ids, foils)
+        masks = self.masks(target, row, ids) if self.task == "masked" and target.position is None else ()
+        if len(ids) > 1 or len(masks) > 1:
+            self.sequence_allowed(target, ids, foils, len(masks))
         same = set(ids) & set(foils)
         if same:
             name = repr(self.name(same.pop()))
@@ -155,7 +161,7 @@ class _Resolver:
         if target.function is not None:
             kind = "custom"
         else:
-            kind = target.kind or ("logprob" if len(ids) > 1 else "logit")
+            kind = target.kind or ("logprob" if max(len(ids), len(masks)) > 1 else "logit")
         goal = Goal(ids, (), kind, foils, target.function)
         if self.task == "seq2seq":
             if target.position not in (None, 0):
@@ -171,10 +177,31 @@ class _Resolver:
                 )
             row = replace(row, decoder=(start, *ids[:-1]))
             return row, replace(goal, positions=tuple(range(max(len(ids), 1))))
+        if masks:
+            return row, replace(goal, positions=masks)
         first = self.position(target, row)
         return row.extended(ids[:-1]), replace(goal, positions=tuple(range(first, first + max(len(ids), 1))))
 
-    def sequence_allowed(self, target: Target, ids: tuple[int, ...], foils: tuple[int, ...]) -> None:
+    def span(self, target: Target, row: Row) -> Goal:
+        if target.contrast is not None or target.position is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} answers by two positions of the prompt, so its target has no contrast "
+                "and no position; give a function of its logits [batch, start or end, token] instead"
+            )
+        ids, positions = wanted(target.token, row, self.tokenizer)
+        if target.kind == "prob" and len(positions) > 1:
+            raise ValueError("kind='prob' is of a single token, and an answer has a start and an end; use 'logprob'")
+        kind = "custom" if target.function is not None else target.kind or "logit"
+        return Goal(ids, positions, kind, function=target.function, span=True)
+
+    def sequence_allowed(self, target: Target, ids: tuple[int, ...], foils: tuple[int, ...], masks: int) -> None:
+        if masks > 1 and not foils and target.kind in (None, "logprob"):
+            return
+        if masks > 1 and not ids:
+            raise ValueError(
+                f"the prompt has {masks} masks, explained together by their predictions' log-probability; for a "
+                "contrast or another kind say which one: lxt.Target(token, position=...)"
+            )
         reason = None
         if foils:
             reason = "a contrast compares single tokens"
@@ -244,7 +271,7 @@ class _Resolver:
             near = get_close_matches(name, classes, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"the {role} {name!r} is no class of {type(self.model).__name__}, which has {', '.join(classes)}{hint}"
+                f"the {role} {name!r} is no class of {type(self.model).__name__}, which has {_few(classes)}{hint}"
             )
         return (classes[name],)
 
@@ -274,21 +301,31 @@ class _Resolver:
             raise ValueError(
                 f"{type(self.model).__name__} has an output for every token; say which: lxt.Target(label, position=...)"
             )
-        if self.task == "masked":
-            return self.masked(row)
         return len(row) - 1
 
-    def masked(self, row: Row) -> int:
+    def masks(self, target: Target, row: Row, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the masks are: one for each token of the target; all of them where they are predicted."""
         mask = getattr(self.tokenizer, "mask_token_id", None)
-        found = [place for place, token in enumerate(row.ids) if token == mask] if row.embeds is None else []
-        if len(found) != 1:
-            token = getattr(self.tokenizer, "mask_token", None)
-            where = f" at positions {', '.join(map(str, found))}" if found else ""
+        found = tuple(place for place, token in enumerate(row.ids) if token == mask) if row.embeds is None else ()
+        if found and (not ids or len(found) in (1, len(ids))):
+            return found
+        token = getattr(self.tokenizer, "mask_token", None) or "the mask token"
+        where = f" at positions {', '.join(map(str, found))}" if found else ""
+        if len(ids) > 1:
             raise ValueError(
-                f"a masked language model is explained at its mask, and the prompt has {len(found)} of them{where}; "
-                f"write {token or 'the mask token'} once, or give lxt.Target(token, position=...)"
+                f"the target is {len(ids)} tokens {self.names(ids)}, one for each mask, and the prompt has "
+                f"{len(found)} masks{where}; write {token} {len(ids)} times"
             )
-        return found[0]
+        raise ValueError(
+            f"a masked language model is explained at its mask, and the prompt has {len(found)} of them{where}; write "
+            f"{token} once, or give lxt.Target(token, position=...)"
+        )
+
+
+def _few(names: Iterable[str], most: int = 12) -> str:
+    """The first names, and how many there are."""
+    known = list(names)
+    return ", ".join(known[:most]) + (f", … ({len(known)} in all)" if len(known) > most else "")
 
 
 def _encode(text: str, tokenizer: Any) -> tuple[int, ...]:
@@ -334,7 +371,7 @@ def evaluate(logits: Tensor, goals: Sequence[Goal]) -> tuple[Tensor, list[Goal]]
             filled.append(goal)
             continue
         scores = logits[row, : len(goal.positions)]
-        ids = goal.ids or (int(scores[0].argmax()),)
+        ids = goal.ids or (best(scores) if len(goal.positions) > 1 and goal.span else tuple(scores.argmax(-1).tolist()))
         if set(ids) & set(goal.contrast):
             raise ValueError(
                 f"the contrast, id {ids[0]}, is the token that the model predicts, and their difference is 0; give the "

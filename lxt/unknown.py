@@ -82,8 +82,8 @@ def unknown_vmap(place: str) -> UnknownOperation:
         "vmap",
         f"no rule for 'vmap'{place}: inside torch.vmap a tensor doesn't show whether it is an activation. Write the "
         "function for the whole batch instead, or, if one of the rules holds for it as a whole, declare the Python "
-        'function that calls vmap, and call what comes back:\n\n    module.function = lxt.declare(module.function, "linear")'
-        f"\n\n{_choices()}",
+        "function that calls vmap, and call what comes back:\n\n"
+        f'    module.function = lxt.declare(module.function, "linear")\n\n{_choices()}',
     )
 
 

@@ -13,18 +13,24 @@ from lxt.patches.bert import BERT, ROBERTA
 from lxt.patches.gemma import GEMMA2, GEMMA3
 from lxt.patches.gpt2 import GPT2
 from lxt.patches.gpt_neox import GPT_NEOX
+from lxt.patches.hrm_text import HRM_TEXT
 from lxt.patches.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from lxt.patches.opt import OPT
 from lxt.patches.phi3 import PHI3
 from lxt.patches.qwen3_moe import QWEN3_MOE
+from lxt.patches.recurrent_gemma import RECURRENT_GEMMA
+from lxt.patches.reformer import REFORMER
+from lxt.patches.sew_d import SEW_D
 from lxt.patches.t5 import T5
 from lxt.patches.vit import VIT
+from lxt.patches.yoso import YOSO
 from lxt.patchmap import ForwardFactory, PatchMap
 
 __all__ = ["MAPS", "fence_for", "patch_map_for"]
 
 MAPS: tuple[PatchMap, ...] = (
-    BERT, GEMMA2, GEMMA3, GPT2, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, QWEN3_MOE, ROBERTA, T5, VIT
+    BERT, GEMMA2, GEMMA3, GPT2, GPT_NEOX, HRM_TEXT, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, QWEN3_MOE,
+    RECURRENT_GEMMA, REFORMER, ROBERTA, SEW_D, T5, VIT, YOSO,
 )  # fmt: skip
 _BY_ARCHITECTURE = {architecture: patch_map for patch_map in MAPS for architecture in patch_map.architectures}
 

@@ -7,7 +7,7 @@ operator mode then takes the module as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lxt.operations import mark
 from lxt.patchmap import ForwardFactory
 from lxt.rules import NormStyle, gated_product, identity, rms_norm
 
-__all__ = ["activation_fence", "coefficient_of", "fused_gate_up_mlp", "gated_mlp", "rms_norm_forward"]
+__all__ = ["activation_fence", "coefficient_of", "fused_gate_up_mlp", "gated_mlp", "rebound", "rms_norm_forward", "with_names"]
 
 
 def rms_norm_forward(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFactory:
@@ -84,6 +84,31 @@ def fused_gate_up_mlp(module: Any, composite: Composite) -> Callable | None:
         return self.down_proj(gated_product(gate, up, _bare(self.activation_fn), coefficient, stop_gate))
 
     return forward
+
+
+def rebound(**replacements: Callable[[Any], Any]) -> ForwardFactory:
+    """The module's own forward, where a few names of its modeling file mean something else: nobody else sees that.
+
+    A torch.autograd.Function hides what it does, so its name is given to torch operations that do the same.
+
+    Args:
+        replacements: name -> (what it means there) -> what it means in this forward.
+    """
+
+    return lambda module, composite: with_names(type(module).forward, **replacements)
+
+
+def with_names(function: Any, **replacements: Callable[[Any], Any]) -> Callable | None:
+    """A copy of `function` for which names mean something else; None where it doesn't use them.
+
+    Another version's code may not: it is left to the operator mode, which refuses what it can't see.
+    """
+    if not replacements.keys() <= set(function.__code__.co_names):
+        return None
+    names = function.__globals__ | {name: new(function.__globals__[name]) for name, new in replacements.items()}
+    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def activation_fence(module: nn.Module, composite: Composite) -> Callable | None:

@@ -2,8 +2,8 @@
 
 They lie apart because PyPI's torchvision is built for torch with CUDA. Beside a CPU build its compiled operators don't
 load, which `import torchvision` does not survive, nor does transformers, which imports torchvision if it finds it. Its
-models need none of these operators: the two that it insists on are declared here, without an implementation, before
-the import. Afterwards the packages are hidden again, lest transformers decides otherwise in a test that comes later.
+models need none of these operators: the two that it insists on are then declared here, without an implementation.
+Afterwards the packages are hidden again, lest transformers decides otherwise in a test that comes later.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ def import_apart(name: str) -> ModuleType:
 @functools.cache  # torch accepts torchvision's declarations once in a process
 def _modules() -> dict[str, ModuleType]:
     installed = importlib.util.find_spec("torchvision") is not None
-    if not installed:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     sys.path.append(str(APART))
     try:
         names = [name for name in NAMES if importlib.util.find_spec(name.partition(".")[0])]
+        try:
+            return {name: importlib.import_module(name) for name in names}
+        except RuntimeError as error:
+            if "operator torchvision::nms does not exist" not in str(error):
+                raise
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define("torchvision::nms", schema)
+        torch.library.define("torchvision::qnms", schema)
         return {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(APART))

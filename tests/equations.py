@@ -43,9 +43,9 @@ from equations_rules import (
     softmax_rule,
 )
 from numpy import ndarray
-from torch.overrides import TorchFunctionMode
 
 from lxt.composites import Composite, Gamma
+from lxt.coverage.precision import Float64
 
 __all__ = [
     "COEFFICIENTS",
@@ -373,23 +373,3 @@ def gpt2_relevance(
     at_input, at_positions = add_rule(h, positions, start, relevance)
     flow.leaks["position"] += float(at_positions.sum())
     return Relevance(input=at_input, **rest)
-
-
-class Float64(TorchFunctionMode):
-    """Keeps a float64 transformers model in float64: its norms, rotary embeddings and softmaxes cast down to float32.
-
-    Enter it around the forward, outside of whatever else is patched. Without it a Llama in float64 has float32
-    statistics, and nothing can agree with its relevance better than 1e-7.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        wide = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        if wide and func is torch.Tensor.float:
-            return args[0]
-        if wide and func is torch.Tensor.matmul:  # frequencies times positions: these were integers and became float32
-            args = tuple(arg.to(torch.float64) for arg in args)
-        if wide:
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-            kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
-        return func(*args, **kwargs)

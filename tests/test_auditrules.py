@@ -236,6 +236,16 @@ def test_norms_divide_by_a_constant(name: str) -> None:
     torch.testing.assert_close(found.relevance["x"], X * gradient, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("rules", [ATTN_LRP, GRADIENT])
+def test_batch_norm_by_running_statistics(rules: Composite) -> None:
+    # for one sample and a gradient in another memory format, torch's own backward is wrong (torch 2.13, CPU)
+    images, gradient = X.reshape(1, 6, 2, 4), C.reshape(1, 8, 6)
+    found = run(lambda x: F.batch_norm(x, W, W**2, W).flatten(2).transpose(1, 2) * gradient, rules, x=images)
+    scale = (W / (W**2 + 1e-5).sqrt()).view(1, 6, 1, 1)
+    expected = images * scale * gradient.mT.reshape(1, 6, 2, 4)
+    torch.testing.assert_close(found.relevance["x"], expected, rtol=1e-12, atol=1e-14)
+
+
 Q, K, V, G = torch.randn(4, 1, 2, 5, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64).unbind()
 
 

@@ -52,6 +52,14 @@ def test_linear_takes_a_rule(linear):
         Composite(linear=linear)
 
 
+@pytest.mark.parametrize("convolution", ["epsilon", 0.25, Gamma, False])
+def test_convolutions_take_a_rule_or_that_of_linear_layers(convolution):
+    with pytest.raises(TypeError, match=r"Composite\(convolution=.*lxt\.Gamma\(\.\.\.\), or None"):
+        Composite(convolution=convolution)
+    assert Composite(linear=Gamma()).convolution is None
+    assert Composite(convolution=Gamma()).but(convolution=None) == Composite(name="custom*")
+
+
 @pytest.mark.parametrize("epsilon", [-1e-9, float("nan")])
 def test_epsilon_is_not_negative(epsilon):
     with pytest.raises(ValueError, match=">= 0"):
@@ -118,6 +126,9 @@ def test_resolve():
         (CP_LRP.but(activation="gradient"), False),
         (CP_LRP.but(norm="gradient"), False),
         (CP_LRP.but(linear=Epsilon(0.1)), False),
+        (CP_LRP.but(convolution=Gamma()), True),
+        (CP_LRP.but(convolution=Epsilon(0.1)), False),
+        (CP_LRP.but(linear=Gamma(), convolution=Epsilon()), True),
     ],
 )
 def test_which_composites_conserve(composite, conserves):

@@ -6,6 +6,7 @@ speak of relevances, we of coefficients c = R / x, so each is told R = z c of it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lxt
+from lxt import efficient
 from lxt.composites import ATTN_LRP, CP_LRP, Composite, Epsilon, Gamma
 from lxt.linear_rules import linear
 from lxt.patches import patch_map_for
@@ -32,7 +34,7 @@ COMPOSITES = {
     "attnlrp": ATTN_LRP.but(linear=Gamma(0.25)),
     "cp": CP_LRP.but(linear=Gamma(0.25)),
     "large": ATTN_LRP.but(linear=Gamma(100.0)),
-    "upstream's recipe": ATTN_LRP.but(attention="value_only", linear=Gamma(0.05), convolution=Gamma(0.25)),
+    "one for each": ATTN_LRP.but(attention="value_only", linear=Gamma(0.05), convolution=Gamma(0.25)),
     "only convolutions": ATTN_LRP.but(convolution=Gamma(0.25)),
     "only linear layers": ATTN_LRP.but(linear=Gamma(0.25), convolution=Epsilon()),
 }
@@ -166,7 +168,7 @@ class WrittenAttention(nn.Module):
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("name", ["attnlrp", "cp", "upstream's recipe"])
+@pytest.mark.parametrize("name", ["attnlrp", "cp", "one for each"])
 def test_a_vit_of_torchvision(name, reference):
     vision_transformer = import_apart("torchvision.models.vision_transformer")
     torch.manual_seed(0)
@@ -230,3 +232,11 @@ def test_where_zennit_stabilises_we_do_not():
     (kept,) = torch.autograd.grad(layer(x), x, torch.ones_like(z))
     handles.remove()
     assert kept.sum().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_what_the_error_for_zennit_says_to_write_is_right():
+    with pytest.raises(NotImplementedError) as error:
+        efficient.monkey_patch_zennit()
+    first, second = re.findall(r"rules=(lxt\.Composite\((?:[^()]|\([^()]*\))*\))", str(error.value))
+    assert eval(first) == Composite(linear=Gamma(0.25))
+    assert eval(second) == Composite(attention="value_only", linear=Gamma(0.05), convolution=Gamma(0.25))

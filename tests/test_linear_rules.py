@@ -268,7 +268,11 @@ def test_a_summand_that_is_an_activation_is_a_term_of_the_sum(rule):
 
 def test_a_product_with_another_constant_is_refused():
     x, constant = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
-    for product in (lambda: x @ constant, lambda: torch.einsum("ni,io,o->n", x, constant, constant[0])):
+    for product in (
+        lambda: x @ constant,
+        lambda: torch.einsum("ni,io,o->n", x, constant, constant[0]),
+        lambda: torch.baddbmm(torch.zeros(1), x[None], constant[None]),
+    ):
         with RuleMode(ATTN_LRP.but(linear=Gamma())), pytest.raises(ValueError, match="factor that is no parameter"):
             product()
     with RuleMode(ATTN_LRP):
@@ -281,5 +285,35 @@ def test_attention_weights_are_no_linear_layer():
     with RuleMode(ATTN_LRP.but(linear=Gamma(), attention="value_only")):
         weights = torch.softmax(x @ x.T, -1)
         assert not weights.requires_grad
-        for y in (weights @ x, torch.addmm(torch.zeros(4, dtype=x.dtype), weights, x)):
+        zeros = torch.zeros(4, dtype=x.dtype)
+        products = weights @ x, torch.einsum("qk,kd->qd", [weights, x]), torch.addmm(zeros, weights, x)
+        for y in products:
             torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], weights.sum(0)[:, None].expand(3, 4))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_learned_query_of_torchs_attention_is_no_linear_layer(masked):
+    """As SigLIP pools its patches: scores are linear in the key then, but by attention's rule and not by Gamma."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64).requires_grad_(False)
+    x, probe = torch.randn(2, 5, 4).double().requires_grad_(), torch.randn(2, 1, 4, dtype=torch.float64)
+    mask = torch.randn(1, 5, dtype=torch.float64) if masked else None
+    coefficients = []
+    for need_weights in (True, False):
+        with RuleMode(ATTN_LRP.but(linear=Gamma())):
+            y = attention(probe, x, x, need_weights=need_weights, attn_mask=mask)[0]
+        coefficients.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(*coefficients, rtol=1e-12, atol=1e-13)
+
+
+def test_under_autocast_the_backward_runs_in_the_inputs_dtype():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(4, 6, requires_grad=True)
+    with RuleMode(ATTN_LRP.but(linear=Gamma(0.25))):
+        with torch.autocast("cpu", torch.bfloat16):
+            low = layer(x)
+        full = layer(x)
+    c_y = torch.randn(4, 5)
+    (got,), (expected,) = torch.autograd.grad(low, x, c_y.to(low.dtype)), torch.autograd.grad(full, x, c_y)
+    assert (low.dtype, got.dtype) == (torch.bfloat16, torch.float32)
+    assert (got - expected).norm() < 2**-6 * expected.norm()  # z, in bfloat16, has 8 bits

@@ -27,11 +27,20 @@ class Float64(TorchFunctionMode):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
         if func in _PRODUCTS and len({arg.dtype for arg in args if isinstance(arg, Tensor)}) > 1:
-            # frequencies times positions: these were integers and became float32
+            # frequencies, or a table, and positions: these were integers and became float32
             args = tuple(arg.to(torch.float64) if isinstance(arg, Tensor) else arg for arg in args)
-        if func is Tensor.mul and isinstance(args[1], float) and abs(args[1]) > torch.finfo(torch.float32).max:
+        if func is Tensor.mul and _overflows(args[1]):
             args = (args[0].to(torch.float64), args[1])  # float32 would make infinity of a mask's number, and NaN of 0
+        if func is torch.full and "dtype" not in kwargs and any(map(_overflows, args[1:2])):
+            kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 
-_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.bmm, Tensor.bmm)
+def _overflows(number: Any) -> bool:
+    return isinstance(number, float) and torch.finfo(torch.float32).max < abs(number) < float("inf")
+
+
+_PRODUCTS = (
+    Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.bmm, Tensor.bmm, torch.nn.functional.grid_sample,
+    torch.grid_sampler,
+)  # fmt: skip

@@ -25,7 +25,7 @@ from lxt.coverage.arguments import arguments
 from lxt.coverage.build import built
 from lxt.coverage.precision import Float64
 from lxt.coverage.sizes import tiny_of
-from lxt.coverage.sources import Explained
+from lxt.coverage.sources import Explained, has_embedding
 from lxt.coverage.subjects import Subject
 from lxt.mode import UnknownOperation
 from lxt.patching import monkey_patch
@@ -34,6 +34,7 @@ __all__ = ["SAME_LOGITS", "SAME_RELEVANCE", "Record", "prove", "versions"]
 
 SAME_LOGITS = 1e-9  # relative to the largest logit; in float64, where torch may take another kernel under the patch
 SAME_RELEVANCE = 1e-6  # relative to the explained logit, or to the largest relevance
+_MASKED = 1e30
 CONSERVING = {"cp": CP_LRP, "attnlrp, softmax stopped": ATTN_LRP.but(attention="value_only")}
 AUDITED = CONSERVING | {"attnlrp": ATTN_LRP}
 
@@ -173,8 +174,10 @@ def _relevance(
 
 def _explained_logit(logits: Tensor) -> tuple[int, ...]:
     """The largest in size at the last position of the first row: far from 0, so that relative errors mean something."""
-    last = (0, *[-1] * (logits.dim() - 2))
-    return (*last, int(logits[last].abs().argmax())) if logits.dim() > 1 else (int(logits.abs().argmax()),)
+    last = (0, *[-1] * (logits.dim() - 2)) if logits.dim() > 1 else ()
+    sizes = logits[last].abs()
+    # what a model puts in place of the logits of tokens that it must not say is a constant
+    return (*last, int(sizes.where(sizes < _MASKED, 0).argmax()))
 
 
 def _audit(
@@ -210,6 +213,8 @@ def _checkpoint(
 def _checkpointing(model: Any) -> Iterator[None]:
     """Every layer that can is checkpointed, without train mode for what is in it."""
     # torch leaves a function mode behind when it recomputes in a backward, so Float64 has to come along
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), Float64())}
     # transformers renamed the calls in 5.2x
     renamed = hasattr(model, "activation_checkpointing_enable")
@@ -221,6 +226,8 @@ def _checkpointing(model: Any) -> Iterator[None]:
     enable(options)
     model.disable_input_require_grads()  # the sources do already
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    # the hooks that make embeddings sources are gone when a layer that has one is recomputed
+    layers = [layer for layer in layers if not (isinstance(layer, GradientCheckpointingLayer) and has_embedding(layer))]
     for layer in layers:
         layer.training = True
     try:

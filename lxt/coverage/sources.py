@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Explained", "logits_of"]
+__all__ = ["Explained", "has_embedding", "logits_of"]
 
 # Parts of the names of parameters that stand for tokens or positions.
 _TOKENS = (
@@ -27,7 +27,7 @@ _TOKENS = (
     "position_embedding pos_embed positional_embedding latents image_newline view_separator prefix_tokens "
     "temporal_embed"
 ).split()
-_NOT_ADDED = ("rotary", "rope", "relative", "rel_pos")
+_NOT_ADDED = ("rotary", "rope", "relative", "rel_pos", "rel_attn", "distance")
 
 
 class Explained(nn.Module):
@@ -36,13 +36,19 @@ class Explained(nn.Module):
     Args:
         model: not patched.
         arguments: of its forward.
-        parameters: further names of parameters that are sources, or the last parts of their names.
+        parameters: further names of parameters that are sources, or the last parts of their names; those of modules
+            whose output is one, where what comes before is cut off from the gradient.
     """
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any], parameters: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.model = model
         self.arguments = dict(arguments)
+        self.embeddings = {
+            path: module
+            for path, module in model.named_modules()
+            if _is_embedding(path, module) or _is_named(path, parameters)
+        }
         self.tokens = [
             name
             for name, parameter in model.named_parameters()
@@ -51,7 +57,7 @@ class Explained(nn.Module):
 
     def sources(self) -> dict[str, Tensor]:
         """The value of every source, by name; found by one forward."""
-        found = {name: value for name, value in self.arguments.items() if _is_float(value)}
+        found = dict(_floats(self.arguments))
         found |= {name: self.model.get_parameter(name) for name in self.tokens}
         found = {name: value.detach().clone() for name, value in found.items()}
 
@@ -76,20 +82,44 @@ class Explained(nn.Module):
             if isinstance(output, tuple) and output:  # a quantised embedding's scale comes with it
                 embedded = hook(path, module, args, output[0])
                 return None if embedded is None else (embedded, *output[1:])
-            if not _is_float(output) or output.requires_grad:
+            if not _is_float(output):
                 return None
-            calls[path] += 1
+            calls[path] += 1  # of all calls, since rules make constants of what depends on a source
+            if output.requires_grad:
+                return None
             return embed(f"{path}#{calls[path]}", output)
 
-        arguments = {name: sources.get(name, value) for name, value in self.arguments.items()}
+        arguments = _with(self.arguments, sources)
         with ExitStack() as undo:
-            for path, module in self.model.named_modules():
-                if _is_embedding(path, module):
-                    undo.callback(module.register_forward_hook(partial(hook, path)).remove)
+            for path, module in self.embeddings.items():
+                undo.callback(module.register_forward_hook(partial(hook, path)).remove)
             for name in self.tokens:
                 if name in sources:
                     undo.enter_context(_replaced(self.model, name, sources[name]))
             return self.model(**arguments)
+
+
+def _floats(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating point tensors in nested mappings and tuples, by their path: `states.full.0`."""
+    if _is_float(value):
+        yield path, value
+    elif isinstance(value, (Mapping, tuple)):
+        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _floats(item, f"{path}.{name}" if path else str(name))
+
+
+def _with(value: Any, tensors: Mapping[str, Tensor], path: str = "") -> Any:
+    """The same nested value with tensors replaced by path."""
+    if isinstance(value, Mapping):
+        return {name: _with(item, tensors, f"{path}.{name}" if path else str(name)) for name, item in value.items()}
+    if type(value) is tuple:
+        return tuple(_with(item, tensors, f"{path}.{index}") for index, item in enumerate(value))
+    return tensors.get(path, value)
+
+
+def has_embedding(module: nn.Module) -> bool:
+    """Whether an embedding that is a source lies inside."""
+    return any(_is_embedding(path, inner) for path, inner in module.named_modules())
 
 
 def _is_embedding(path: str, module: nn.Module) -> bool:
@@ -99,9 +129,13 @@ def _is_embedding(path: str, module: nn.Module) -> bool:
     return added and (isinstance(module, nn.Embedding) or "embed" in name)
 
 
+def _is_named(name: str, wanted: tuple[str, ...]) -> bool:
+    return any(name == last or name.endswith(f".{last}") for last in wanted)
+
+
 def _stands_for_tokens(model: nn.Module, name: str, more: tuple[str, ...]) -> bool:
     owner, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    if any(name == wanted or name.endswith(f".{wanted}") for wanted in more):
+    if _is_named(name, more):
         return True
     if isinstance(owner, (nn.Embedding, nn.Linear, nn.modules.conv._ConvNd)) or last in ("weight", "bias"):
         return False

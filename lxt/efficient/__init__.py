@@ -11,6 +11,7 @@ from typing import NoReturn
 from torch import nn
 
 from lxt import patching
+from lxt.efficient.models import vit_torch
 from lxt.patching import PatchHandle
 from lxt.patchmap import PatchMap
 
@@ -23,13 +24,17 @@ def monkey_patch(
     """`lxt.monkey_patch` with upstream's arguments in upstream's order.
 
     Args:
-        module: a transformers modeling module, before or after its models are loaded; or a model.
-        patch_map: `attnLRP` (default) or `cp_LRP` of a module of `lxt.efficient.models`.
+        module: a transformers modeling module, or torchvision's `vision_transformer`, before or after its models are
+            made; or a model.
+        patch_map: `attnLRP` or `cp_LRP` of a module of `lxt.efficient.models`. As in lxt 2.1 the default is AttnLRP,
+            but `vit_torch.cp_LRP` for `vision_transformer`.
         verbose: print what is patched.
 
     Raises:
         TypeError: `patch_map` is not a PatchMap, as upstream's dictionaries of functions.
     """
+    if patch_map is None and getattr(module, "__name__", "") == vit_torch.MODULE:
+        patch_map = vit_torch.cp_LRP
     return patching.monkey_patch(module, patch_map=patch_map, verbose=verbose)
 
 
@@ -41,5 +46,7 @@ def monkey_patch_zennit(verbose: bool = False) -> NoReturn:
     """
     raise NotImplementedError(
         "zennit is not patched: its rules are not needed here. The Gamma rule for linear and convolution layers is "
-        "built in: lxt.monkey_patch(model, rules=lxt.Composite(linear=lxt.Gamma(0.25)))"
+        "built in: lxt.monkey_patch(model, rules=lxt.Composite(linear=lxt.Gamma(0.25))). For lxt 2.1's vision "
+        "transformer, with zennit's Gamma(0.25) on Conv2d and Gamma(0.05) on Linear, write "
+        'rules=lxt.Composite(attention="value_only", linear=lxt.Gamma(0.05), convolution=lxt.Gamma(0.25))'
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lxt.attribution import Attribution
 
-__all__ = ["Block", "Word", "colormap", "drawable", "families", "figure_of", "picture", "save", "text_pages"]
+__all__ = ["Block", "Word", "bars", "colormap", "drawable", "families", "figure_of", "picture", "save", "text_pages"]
 
 Color = colors.RGB | None
 Word = tuple[str, Color]  # what to print, and its background
@@ -75,8 +75,10 @@ def picture(
     grid = figure.add_gridspec(len(prepared), 1, height_ratios=[height for _, height in sizes])
     for place, row in enumerate(prepared):
         axes = figure.add_subplot(grid[place])
-        draw = _bars if row.layers is None else _layers
-        draw(axes, row, normalise)
+        if row.layers is None:
+            bars(axes, row)
+        else:
+            _layers(axes, row, normalise)
         title = f"What speaks for {row.target}?   {row.value}\n"
         axes.set_title(drawable(title), loc="left", fontsize=12, color=_INK, parse_math=False, family=families())
         note = "  ·  ".join([row.conserved, f"{shorten(row.model)}, {shorten(row.rules)}"])
@@ -238,7 +240,8 @@ def _ticks(bar: Any, end: float, name: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _bars(axes: Axes, row: Row, normalise: str) -> None:
+def bars(axes: Axes, row: Row) -> None:
+    """One bar per token."""
     scores, labels, muted, width = binned(row, _COLUMNS)
     heights = np.asarray(scores[0].numpy(), dtype=float)
     shades = [

@@ -37,11 +37,14 @@ def page(attribution: Attribution, special: bool = True, scale_special: bool = F
     return document(title, body, attribution.model, attribution.rules, attribution.versions)
 
 
-def document(title: str, body: str, model: str, rules: str, versions: Mapping[str, str]) -> str:
-    """A page of the house around sections of HTML."""
+def document(
+    title: str, body: str, model: str, rules: str, versions: Mapping[str, str], images: bool = False
+) -> str:
+    """A page of the house around sections of HTML; `images` lets it show those that are written into it."""
     sheet = style.fragment() + style.PAGE
     digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"  # no " in it
+    policy += "; img-src data:" if images else ""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

@@ -43,6 +43,8 @@ white-space:nowrap;z-index:3;direction:ltr}
 .lxt svg text{fill:var(--text);font-size:11px;font-family:inherit;unicode-bidi:isolate}
 .lxt svg .m{fill:var(--soft)}.lxt svg .g{fill:var(--page);stroke:var(--soft)}
 .lxt details{margin-top:1.2rem}.lxt summary{cursor:pointer;color:var(--muted);font-size:.9rem}
+.lxt .images{display:flex;flex-wrap:wrap;gap:1rem}.lxt figure{margin:0;max-width:100%}
+.lxt figcaption{font-size:.8rem;margin-top:.2rem}.lxt figure svg{max-width:100%;height:auto;display:block}
 .lxt nav ol{padding-left:1.5rem;margin:0 0 2rem}.lxt a{color:inherit}
 .lxt footer{color:var(--muted);font-size:.8rem;border-top:1px solid var(--line);padding-top:.8rem;
 overflow-wrap:anywhere}

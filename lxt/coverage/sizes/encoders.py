@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lxt.composites import ATTN_LRP
 from lxt.coverage.sizes.tiny import Tiny
 from lxt.coverage.sizes.values import normal, token_ids
+from lxt.patches.reformer import RECORDED
 
 __all__ = ["ENCODERS"]
 
@@ -70,6 +72,36 @@ def _masked_token(model: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def _image(model: Any) -> dict[str, Tensor]:
+    """Four image tokens among the others, and the image."""
+    ids = token_ids(9)
+    ids[0, 2:6] = model.config.image_token_id
+    return {"input_ids": ids, "pixel_values": normal(1, 1, 3, 32, 32)}
+
+
+def _regions(model: Any) -> dict[str, Tensor]:
+    """Four regions of an image: what an object detector says of each, and where it is."""
+    return {"visual_feats": normal(1, 4, 12), "visual_pos": normal(1, 4, 4, seed=3)}
+
+
+def _without_kernel(model: Any) -> None:
+    raise ValueError(
+        "MRA's attention is a CUDA kernel from the hub, and without it transformers puts zeros in its place: "
+        "nothing but each token's own way would be tried"
+    )
+
+
+def _recorded(model: Any) -> None:
+    """Reversible layers as autograd records them: their own backward is for training only, and the auditor can't look in."""
+    for module in model.modules():
+        cls = type(module)
+        if cls.__name__ in RECORDED:
+            forward = RECORDED[cls.__name__](module, ATTN_LRP)
+            module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+_IMAGE = Tiny(config={"pixel_shuffle_factor": 2, "vision_config": {"image_size": 32}}, inputs=_image)
+
 ENCODERS: dict[str, Tiny] = {
     # longer than the windows and blocks, so that sparse attention isn't replaced by full attention
     "big_bird": Tiny(config={"block_size": 2, "num_random_blocks": 1}, inputs=_longer(20)),
@@ -105,6 +137,24 @@ ENCODERS: dict[str, Tiny] = {
     "lilt": Tiny(config={"max_2d_position_embeddings": 64, "hidden_size": 48}, inputs=_with_boxes),
     "longformer": Tiny(config={"attention_window": [4, 4]}, inputs=_global_first(14)),
     "luke": Tiny(inputs=_entities),
+    "lxmert": Tiny(config={"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 12}, inputs=_regions),
+    "causal/reformer": Tiny(config={"is_decoder": True}, inputs=_longer(16), prepare=_recorded),
+    "reformer": Tiny(
+        config={
+            "attn_layers": ["local", "lsh"],
+            "local_attn_chunk_length": 4,
+            "lsh_attn_chunk_length": 4,
+            "num_buckets": 2,
+            "hash_seed": 0,
+            "axial_pos_shape": [8, 8],
+            "axial_pos_embds_dim": [16, 16],
+            "feed_forward_size": 40,
+        },
+        inputs=_longer(16),
+        prepare=_recorded,
+    ),
+    "modernvbert": _IMAGE,
+    "mra": Tiny(prepare=_without_kernel),
     "mobilebert": Tiny(config={"embedding_size": 16}),
     "neomme": Tiny(config={"head_dim": 16}),
     "nystromformer": Tiny(
@@ -122,5 +172,6 @@ ENCODERS: dict[str, Tiny] = {
         }
     ),
     "tapas": Tiny(config={"type_vocab_sizes": [3, 8, 8, 2, 8, 8, 10]}, inputs=_table),
+    "ultravbert": _IMAGE,
     "xmod": Tiny(config={"default_language": "en_XX"}),
 }

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lxt.coverage.prompts import normal
 from lxt.coverage.sizes.tiny import Tiny
+from lxt.coverage.sizes.values import normal, token_ids
 
 __all__ = ["VISION"]
 
@@ -53,6 +53,7 @@ VISION: dict[str, Tiny] = {
             "masked_unit_size": [4, 4], "masked_unit_attention": [True, True, False], "num_query_pool": 2,
         }
     ),
+    "image/imagegpt": Tiny(inputs=lambda model: {"input_ids": token_ids(9), "pixel_values": None}),
     "levit": Tiny(
         config={
             "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 2, 1],
