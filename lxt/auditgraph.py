@@ -33,7 +33,7 @@ CARRIERS = _VIEWS | frozenset(
     Select Slice Split SplitWithSizes Take Tril Triu Unbind Unfold UnsafeIndex UnsafeSplit
     UnsafeSplitWithSizes""".split()
 )
-_WEIGHT_CARRIERS = CARRIERS | {"Cat", "IndexPut", "Scatter", "Sort", "Stack", "Sum", "Topk", "Where"}
+_WEIGHT_CARRIERS = CARRIERS | {"Amax", "Cat", "IndexPut", "Max", "Scatter", "Sort", "Stack", "Sum", "Topk", "Where"}
 _SCORE_CARRIERS = CARRIERS | {"Add", "Cat", "Clamp", "ClampMax", "ClampMin", "Sub", "Tanh", "Where"}
 LINEAR = _WEIGHT_CARRIERS | frozenset(
     """AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Amax Amin Aminmax AsStridedScatter
@@ -203,6 +203,14 @@ class Graph:
                     seen.add(user)
                     stack.append(user)
         return False
+
+    def normalises(self, node: Node) -> bool:
+        """Whether a logsumexp is only subtracted from its own input: the exponential of that is a softmax."""
+        users = self.users.get(node, ())
+        source = node.next_functions[0]
+        return bool(users) and all(
+            kind(user) == "Sub" and edge == 1 and user.next_functions[0] == source for user, edge in users
+        )
 
     def _scales(self, node: Node) -> bool:
         """Whether a node multiplies or divides by a constant."""

@@ -105,6 +105,13 @@ class _Rules:
             return self._activation(node)
         if name in SOFT | SOFTMAX:
             return self._softmax(node) if name in SOFTMAX or self.graph.weighs(node) else self._constant(node)
+        if name == "Logsumexp" and self.graph.normalises(node):
+            if composite.softmax_temperature != 1 and composite.attention != "value_only":
+                raise ValueError(
+                    f"softmax_temperature={composite.softmax_temperature} needs the softmax in the graph, but it is "
+                    "written as exp(x - logsumexp(x)); use 1.0"
+                )
+            return self._softmax(node)
         if name.startswith("ScaledDotProduct") or name in _ATTENTION or name in _ATTENTION_FUNCTIONS:
             return self._fused_attention(node)
         if name in {"Div", "Pow", "Addcdiv", "Glu", "VarMean", "StdMean", "Lerp", *_SOLVES}:
@@ -137,6 +144,8 @@ class _Rules:
             return Treatment("linear")
         if len(live) < 2:
             return Treatment("gate")
+        if name in MATMULS and composite.attention == "gradient":
+            return Treatment("gradient")  # attention is what multiplies matrices of activations
         if name in MATMULS and composite.attention != "value_only":
             weights = [edge for edge in live if graph.softmax_behind(operands[edge])]
             if len(weights) == 1:

@@ -40,14 +40,17 @@ class Explains(Protocol):
     @property
     def model(self) -> Any:
         """The model, not patched."""
+        ...
 
     @property
     def rules(self) -> Composite:
         """The composite."""
+        ...
 
     @property
     def patch_map(self) -> PatchMap | None:
         """In place of the architecture's own."""
+        ...
 
     def results(self, request: Any, patch: Callable[[], AbstractContextManager[Any]] | None = None) -> Iterator[Any]:
         """Results with `values` and `logits`, batch by batch."""

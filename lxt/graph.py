@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 from lxt.compiling import compiled_inside
 from lxt.composites import Epsilon, Gamma
 from lxt.declarations import declaration_of
-from lxt.operations import unreachable_linear
+from lxt.linear_rules import unreachable
 from lxt.unknown import unknown_function
 
 __all__ = ["foreign_functions", "refuse_foreign_functions"]
@@ -62,7 +62,7 @@ def refuse_foreign_functions(
             continue
         if name in LINEAR_FUNCTIONS:
             if linear != _PLAIN and name != "BackwardHookFunction":
-                raise ValueError(unreachable_linear(linear, name))
+                raise unreachable(linear, name)
             continue
         if name == "CheckpointFunction":
             raise ValueError(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lxt.coefficients import wide
 from lxt.composites import Epsilon, Gamma
 
-__all__ = ["LinearMap", "learned_product", "linear", "sum_of_product"]
+__all__ = ["LinearMap", "learned_product", "linear", "sum_of_product", "unreachable", "with_gradient"]
 
 LinearMap = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x, weight, bias) -> z"""
@@ -152,3 +152,21 @@ def _as_map(
         return func(*operands, **kwargs)
 
     return f
+
+
+def with_gradient(result: Tensor, weight: object) -> Tensor:
+    """`result`, a linear layer's output, if its input's gradient goes through it."""
+    if not result.requires_grad:
+        raise ValueError(
+            f"a linear layer with a weight of type {type(weight).__name__} lost its input's gradient, as quantised "
+            "activations do (rounding has none): relevance would stop here; quantise the weights only"
+        )
+    return result
+
+
+def unreachable(rule: Epsilon | Gamma, what: str) -> ValueError:
+    """The error for a rule of linear layers that would have to read quantised weights."""
+    return ValueError(
+        f"Composite(linear={rule}) can't reach the quantised linear layers of this model ({what}); use "
+        "linear=Epsilon(), or the model with its weights in full"
+    )

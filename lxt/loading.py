@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
@@ -117,9 +118,36 @@ def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
         path = str(Path(name).expanduser()) if looks_local else name
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # safetensors, json and tokenizers have classes of their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        near = ' (did you mean "tiny"?)' if get_close_matches(name, ["tiny"]) else ""
-        raise ValueError(
-            f'cannot load the {what} {name!r}{near}: it is neither "tiny" nor a folder here with its files, and the '
-            f"hub gave none ({reason}); check the name and the network. Code that comes with a model is never run"
-        ) from error
+        raise ValueError(_refusal(name, what, error)) from error
+
+
+def _refusal(name: str, what: str, error: Exception) -> str:
+    """What is wrong, and the next step."""
+    import transformers
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:3]).rstrip(".:;")
+    reason = f"{type(error).__name__}: {text}" if isinstance(error, (AttributeError, KeyError, TypeError)) else text
+    start = f"cannot load the {what} {name!r}: "
+    if "trust_remote_code" in str(error):
+        return (
+            f"{start}it comes with code of its own, which lxt never runs. Read that code; if you trust it, load the "
+            f"{what} yourself with trust_remote_code=True and pass the instances: lxt.load(model, tokenizer)"
+        )
+    if "does not recognize this architecture" in str(error):
+        kind = re.search(r"model type `(.*?)`", str(error))
+        return (
+            f"{start}the type {kind[1] if kind else '?'!r} of its config.json isn't in transformers "
+            f"{transformers.__version__}. Install a version that has it (pip install -U transformers), or make the "
+            "model yourself and pass the instances: lxt.load(model, tokenizer)"
+        )
+    if Path(name).expanduser().is_dir():
+        return (
+            f"{start}the folder's files don't make one ({reason or type(error).__name__}). Check its config.json and "
+            "that it is complete, or make the model yourself and pass the instances: lxt.load(model, tokenizer)"
+        )
+    near = 'did you mean "tiny"? It' if get_close_matches(name, ["tiny"]) else "it"
+    return (
+        f'{start}{near} is neither "tiny" nor a folder here, and the hub gave none ({reason or type(error).__name__}); '
+        "check the name and the network"
+    )

@@ -19,7 +19,7 @@ from lxt.attention import scaled_dot_product_attention
 from lxt.coefficients import ratio
 from lxt.composites import Composite, Epsilon, Gamma
 
-__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark", "unreachable_linear", "without_dropout"]
+__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark", "without_dropout"]
 
 Handler = Callable[[Callable, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -189,28 +189,11 @@ def _linear_layer(
         x, weight = _pair(composite, x, weight) if _is_activation(x) else (x, weight)
         return func(x, weight, *rest, **kwargs)
     if rule == Epsilon():
-        return _with_gradient(func(x, weight, *rest, **kwargs), func, weight)
+        return linear_rules.with_gradient(func(x, weight, *rest, **kwargs), weight)
     if type(weight) not in (Tensor, torch.nn.Parameter):
-        raise ValueError(unreachable_linear(rule, type(weight).__name__))
+        raise linear_rules.unreachable(rule, type(weight).__name__)
     bias = rest.pop(0) if rest else None
     return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **kwargs), rule)
-
-
-def _with_gradient(result: Any, func: Callable, weight: Any) -> Any:
-    if not result.requires_grad:
-        raise ValueError(
-            f"{opnames.operation_name(func)!r} with a weight of type {type(weight).__name__} lost its input's gradient,"
-            " as quantised activations do (rounding has none): relevance would stop here; quantise the weights only"
-        )
-    return result
-
-
-def unreachable_linear(rule: object, what: str) -> str:
-    """The error's text for a rule of linear layers that would have to read quantised weights."""
-    return (
-        f"Composite(linear={rule}) can't reach the quantised linear layers of this model ({what}); use "
-        "linear=Epsilon(), or the model with its weights in full"
-    )
 
 
 def _keep_weights(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

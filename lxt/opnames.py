@@ -56,7 +56,7 @@ MARK_KEEPING = _names(
 # What softmax weights are put together with: a router's, before they meet the experts.
 WEIGHT_KEEPING = _names(
     """cat concat concatenate stack hstack vstack dstack column_stack where scatter scatter_ scatter_add scatter_add_
-    index_put index_put_ sum"""
+    index_put index_put_ sum max amax pad constant_pad_nd as_strided"""
 )
 
 # The plain gradient is the rule: linear maps, selections, homogeneous functions of degree one, losses and queries.

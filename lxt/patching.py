@@ -294,9 +294,7 @@ class _ModelPatch(_Patch):
             mode.explained = frozenset(map(id, activations((args, kwargs))))
             output = forward(module, *args, **kwargs)
         if torch.is_grad_enabled():
-            refuse_foreign_functions(
-                output, (args, kwargs), self._map.operations, mode.approved, self.composite.linear
-            )
+            refuse_foreign_functions(output, (args, kwargs), self._map.operations, mode.approved, self.composite.linear)
         return output
 
     @contextmanager

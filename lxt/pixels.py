@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lxt.inputs import Model
 
-__all__ = ["PIXELS", "classifier_batches", "pictures", "raw_image", "sees", "split_processor"]
+__all__ = ["PIXELS", "channels", "classifier_batches", "pictures", "raw_image", "sees", "split_processor"]
 
 PIXELS = ("pixel_values", "pixel_values_videos", "flattened_patches", "image_patches")
 """What models of transformers call their image inputs."""
@@ -53,9 +53,11 @@ def classifier_batches(
         ValueError: the wrong number of channels, no image, numbers that aren't finite, or no processor for raw ones.
     """
     if isinstance(inputs, Mapping):
-        if not isinstance(inputs.get("pixel_values"), Tensor):
+        prepared = inputs.get("pixel_values")
+        if not isinstance(prepared, Tensor):
             raise TypeError(f"a mapping of prepared inputs needs a tensor under 'pixel_values', got {sorted(inputs)}")
-        inputs = inputs["pixel_values"]
+        _check_pixels(prepared, model)
+        inputs = prepared
     if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.dim() == 4:
         pixels = inputs
     else:
@@ -109,7 +111,7 @@ def raw_image(image: object, model: Model) -> Any:
     count = channels(model)
     if type(image).__module__.split(".")[0] == "PIL":
         pil: Any = image
-        return pil.convert("RGB") if channels in (None, 3) else pil
+        return pil.convert("RGB") if count in (None, 3) else pil
     array = image.numpy() if isinstance(image, Tensor) else image
     if not isinstance(array, np.ndarray):
         raise TypeError(f"got {type(image).__name__} where {type(model).__name__} needs an image: {_IMAGES}")
@@ -117,12 +119,12 @@ def raw_image(image: object, model: Model) -> Any:
     if array.ndim != 3:
         raise ValueError(
             f"an image has three dimensions, {'[height, width, channel]' if last else '[channel, height, width]'}, got "
-            f"{array.shape}; for a grey one, repeat it over {channels or 'the'} channels"
+            f"{array.shape}; for a grey one, repeat it over {count or 'the'} channels"
         )
-    if channels is not None and array.shape[-1 if last else 0] != channels:
+    if count is not None and array.shape[-1 if last else 0] != count:
         raise ValueError(
             f"the image of shape {array.shape} has {array.shape[-1 if last else 0]} channels, and "
-            f"{type(model).__name__} takes {channels}; convert it (PIL: image.convert('RGB'))"
+            f"{type(model).__name__} takes {count}; convert it (PIL: image.convert('RGB'))"
         )
     return array
 
@@ -141,13 +143,18 @@ def _opened(path: Path) -> Any:
 
 def _check_pixels(pixels: Tensor, model: Model) -> None:
     count = channels(model)
+    if pixels.dim() != 4:
+        raise ValueError(
+            f"pixel_values must be [batch, channel, height, width], got {tuple(pixels.shape)}; for a model that takes "
+            "flattened patches use lxt.monkey_patch(model) and a backward of your own"
+        )
     if not len(pixels):
         raise ValueError(f"inputs hold no image: their first dimension is 0; give at least one: {_IMAGES}")
-    if channels is not None and pixels.shape[1] != channels:
+    if count is not None and pixels.shape[1] != count:
         raise ValueError(
             f"pixel_values of shape {tuple(pixels.shape)} have {pixels.shape[1]} channels, and {type(model).__name__} "
-            f"takes [batch, {channels}, height, width]"
-            + ("; move the last dimension: .movedim(-1, 1)" if pixels.shape[-1] == channels else "")
+            f"takes [batch, {count}, height, width]"
+            + ("; move the last dimension: .movedim(-1, 1)" if pixels.shape[-1] == count else "")
         )
     if not pixels.isfinite().all():
         raise ValueError("pixel_values hold NaN or inf; give finite numbers")

@@ -19,7 +19,15 @@ from lxt.operations import mark
 from lxt.patchmap import ForwardFactory
 from lxt.rules import NormStyle, gated_product, identity, rms_norm
 
-__all__ = ["activation_fence", "coefficient_of", "fused_gate_up_mlp", "gated_mlp", "rebound", "rms_norm_forward", "with_names"]
+__all__ = [
+    "activation_fence",
+    "coefficient_of",
+    "fused_gate_up_mlp",
+    "gated_mlp",
+    "rebound",
+    "rms_norm_forward",
+    "with_names",
+]
 
 
 def rms_norm_forward(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFactory:
@@ -94,7 +102,6 @@ def rebound(**replacements: Callable[[Any], Any]) -> ForwardFactory:
     Args:
         replacements: name -> (what it means there) -> what it means in this forward.
     """
-
     return lambda module, composite: with_names(type(module).forward, **replacements)
 
 

@@ -185,16 +185,7 @@ def test_the_command_line_lists_and_fails_where_something_is_not_proven(
         main(["coverage", "--task", "causal", "--type", "llama", "--list"])
     assert listed.value.code == 0
     assert capsys.readouterr().out == "causal/llama\n"
-    arguments = [
-        "--type",
-        "gpt2",
-        "--task",
-        "causal",
-        "--records",
-        str(tmp_path / "r"),
-        "--report",
-        str(tmp_path / "a.md"),
-    ]
+    files = ["--records", str(tmp_path / "r"), "--report", str(tmp_path / "a.md")]
     with pytest.raises(SystemExit) as proven:
         main(["coverage", "--type", "gpt2", "--task", "causal", *files])
     assert proven.value.code == 0

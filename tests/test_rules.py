@@ -425,12 +425,18 @@ def test_attention_has_no_dropout():
 
 
 @pytest.mark.parametrize("composite", [ATTN_LRP, CP_LRP, COMPOSITES["temperature"]], ids=lambda c: c.name)
-def test_attention_takes_a_mask_of_activations_as_constant(composite):
-    tensors, bias = qkv(torch.float64, grouped=False), torch.randn(5, 6, dtype=torch.float64)
-    _, (*_, c_bias), _ = coefficients(
-        lambda q, k, v, m: scaled_dot_product_attention(composite, q, k, v, attn_mask=m), *tensors, bias
+def test_attention_takes_a_mask_of_activations_as_a_summand_of_the_scores(composite):
+    (q, k, v), bias = qkv(torch.float64, grouped=False), torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    _, (*_, c_bias), c_y = coefficients(
+        lambda q, k, v, m: scaled_dot_product_attention(composite, q, k, v, attn_mask=m), q, k, v, bias
     )
-    assert not c_bias.any()
+    if composite.attention == "value_only":
+        assert not c_bias.any()
+        return
+    softened = ((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias) / composite.softmax_temperature).softmax(-1)
+    c_weights = c_y @ v.transpose(-2, -1) * sum(composite.qkv[:2])
+    expected = softened * (c_weights - (softened * c_weights).sum(-1, keepdim=True))
+    close(c_bias, expected.numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -37,9 +37,7 @@ def page(attribution: Attribution, special: bool = True, scale_special: bool = F
     return document(title, body, attribution.model, attribution.rules, attribution.versions)
 
 
-def document(
-    title: str, body: str, model: str, rules: str, versions: Mapping[str, str], images: bool = False
-) -> str:
+def document(title: str, body: str, model: str, rules: str, versions: Mapping[str, str], images: bool = False) -> str:
     """A page of the house around sections of HTML; `images` lets it show those that are written into it."""
     sheet = style.fragment() + style.PAGE
     digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()

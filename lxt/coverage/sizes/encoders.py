@@ -92,7 +92,7 @@ def _without_kernel(model: Any) -> None:
 
 
 def _recorded(model: Any) -> None:
-    """Reversible layers as autograd records them: their own backward is for training only, and the auditor can't look in."""
+    """Reversible layers recorded by autograd: their own backward is for training, and hides what the auditor reads."""
     for module in model.modules():
         cls = type(module)
         if cls.__name__ in RECORDED:

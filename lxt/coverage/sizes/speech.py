@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lxt.coverage.sizes.tiny import Tiny
 from lxt.coverage.sizes.values import normal, token_ids, without
