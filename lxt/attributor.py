@@ -330,7 +330,7 @@ class Attributor:
         elif goal.span:
             words = display(row.ids, self.tokenizer)[0] if row.embeds is None else list(map(str, range(len(row))))
             label = repr(named(goal.ids, words))
-            label = label if len(goal.positions) > 1 else f"{('start', 'end')[goal.positions[0]]} {label}"
+            label = label if len(goal.positions) > 1 else f"{'end' if 1 in goal.positions else 'start'} {label}"
         elif len(goal.ids) > 1 and self.tokenizer is not None:
             label = repr("".join(display(goal.ids, self.tokenizer)[0]))
         else:
@@ -338,8 +338,8 @@ class Attributor:
         foils = self._names(goal.contrast)
         if foils:
             label += f" − {foils}" if len(goal.contrast) == 1 else f" − mean({foils})"
-        single = len(goal.positions) == 1 and task(self.model) not in ("sequence", "seq2seq", "image", "question")
-        return Explained(label, goal.kind, value, goal.positions[0] if single else None, prefix)
+        places = () if task(self.model) in ("sequence", "seq2seq", "image", "question") else goal.positions
+        return Explained(label, goal.kind, value, places[0] if len(places) == 1 else None, prefix)
 
     def _names(self, ids: Sequence[int]) -> str:
         return ", ".join(repr(name_of(token, self.model, self.tokenizer)) for token in ids)

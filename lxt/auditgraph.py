@@ -185,7 +185,14 @@ class Graph:
 
     def softmax_behind(self, node: Node) -> bool:
         """Whether a value is made of softmax weights: selected, masked, renormalised, but not combined otherwise."""
-        return any(kind(found) in SOFTMAX | SOFT for found in self._search(node, _WEIGHT_CARRIERS))
+        return any(
+            kind(found) in SOFTMAX | SOFT or (kind(found) in {"Add", "Sub"} and self._sums_weights(found))
+            for found in self._search(node, _WEIGHT_CARRIERS)
+        )
+
+    def _sums_weights(self, node: Node) -> bool:
+        operands = [operand for _, operand in self.operands(node)]
+        return len(operands) > 1 and all(map(self.softmax_behind, operands))
 
     def weighs(self, node: Node) -> bool:
         """Whether the values are the weights in a matrix product of two activations, as in attention."""

@@ -37,7 +37,7 @@ _NORMS = frozenset({"FusedRmsNorm", "NativeBatchNorm", "NativeGroupNorm", "Nativ
 _SOLVES = frozenset({"LinalgSolveEx", "LinalgSolveTriangular"})
 _SAMPLERS = frozenset({"CudnnGridSampler", "GridSampler2D", "GridSampler3D"})
 _ATTENTION = frozenset({"CudnnAttention", "EfficientAttention", "FlashAttention"})
-# Attention that a model brings its own autograd function for -> which of its edges is the query's; key and value follow.
+# Attention that a model has its own autograd function for -> which edge is the query's; key and value follow.
 _ATTENTION_FUNCTIONS = {"YosoCumulationBackward": 2, "YosoLSHCumulationBackward": 2}
 
 
@@ -248,6 +248,8 @@ class _Rules:
             return Treatment("constant", _all_edges(node, 0.0))
         if isinstance(exponent, Tensor) and exponent.numel() > 1:
             return Treatment("unknown", known=False)
+        if self.composite.activation == "gradient" and self.graph.is_gate(self._origin(self.graph.edges(node)[0])):
+            return Treatment("gradient")  # relu(x)^2 is one activation function
         return Treatment("power", {0: 1 / float(exponent)})
 
     def _div(self, node: Node) -> Treatment:

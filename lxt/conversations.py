@@ -56,7 +56,7 @@ def conversations(inputs: Any, images: Any, model: Model, processor: Any) -> lis
     if isinstance(inputs, Mapping):
         if images is not None:
             raise ValueError("inputs are prepared tensors, which hold the images already; leave `images` out")
-        return [_checked(dict(inputs), model)]
+        return [_checked(dict(inputs), model, processor)]
     if processor is None or not hasattr(processor, "tokenizer"):
         raise ValueError(
             f"images with text need the model's processor: lxt.load(model, AutoProcessor.from_pretrained(...)); "
@@ -75,7 +75,7 @@ def conversations(inputs: Any, images: Any, model: Model, processor: Any) -> lis
             f"{type(inputs).__name__}"
         )
     return [
-        _checked(_processed(prompt, _several(some, model), processor, model), model)
+        _checked(_processed(prompt, _several(some, model), processor), model, processor)
         for prompt, some in zip(prompts, each, strict=True)
     ]
 
@@ -86,7 +86,7 @@ def _several(images: Any, model: Model) -> list[Any]:
     return [raw_image(image, model) for image in (images if isinstance(images, (list, tuple)) else [images])]
 
 
-def _processed(prompt: Any, images: list[Any], processor: Any, model: Model) -> dict[str, Any]:
+def _processed(prompt: Any, images: list[Any], processor: Any) -> dict[str, Any]:
     if isinstance(prompt, str):
         options = {"text": [prompt], "images": images or None, "return_tensors": "pt"}
         try:
@@ -155,7 +155,7 @@ def _taken(model: Model) -> list[str]:
     return [name for name in PIXELS if name in parameters]
 
 
-def _checked(prepared: dict[str, Any], model: Model) -> dict[str, Any]:
+def _checked(prepared: dict[str, Any], model: Model, processor: Any) -> dict[str, Any]:
     """The prepared inputs without what the forward doesn't take."""
     ids = prepared.get("input_ids")
     pixels = [name for name in PIXELS if prepared.get(name) is not None]
@@ -173,7 +173,7 @@ def _checked(prepared: dict[str, Any], model: Model) -> dict[str, Any]:
             raise ValueError(f"{name} holds NaN or inf; give finite numbers")
     mark = image_token(model)
     if mark is not None and "pixel_values" in pixels and not (ids == mark).any():
-        raise ValueError(_no_place(None))
+        raise ValueError(_no_place(_placeholder(processor)))
     parameters = signature(type(model).forward).parameters
     kept = {name: value for name, value in prepared.items() if name in parameters and value is not None}
     return {"attention_mask": torch.ones_like(ids), **kept} if "attention_mask" in parameters else kept

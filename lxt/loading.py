@@ -67,7 +67,8 @@ def model_of(name: str, dtype: torch.dtype | None) -> Any:
     }
     config = _fetched(transformers.AutoConfig, name, "model")
     architecture = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
-    suffix = next((suffix for suffix in heads if architecture.endswith(suffix)), None)
+    name_of_head = architecture.removesuffix("WithTeacher")  # distilled image classifiers: DeiT, LeViT
+    suffix = next((suffix for suffix in heads if name_of_head.endswith(suffix)), None)
     if suffix is None:
         raise ValueError(
             f"{name!r} is a {architecture}, which has no head that attribute() can explain; heads it can: "
@@ -93,20 +94,25 @@ def tokenizer_of(name: str | Path) -> Any:
 def processor_of(name: str | Path, model: Any) -> Any:
     """What prepares this model's inputs: its tokenizer, its processor if it reads and sees, or its image processor.
 
+    A processor that can't be made here, for want of torchvision for instance, still leaves text, or pixel values, to
+    explain: then a warning says why.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is no tokenizer, and the model reads.
     """
     import transformers
 
-    if task(model) == "image":
-        return _fetched(transformers.AutoImageProcessor, str(name), "image processor")
     if not sees(model):
         return tokenizer_of(name)
+    reads = task(model) != "image"
     try:
-        return _fetched(transformers.AutoProcessor, str(name), "processor")
-    except ValueError as error:  # one that can't be made here still leaves text to explain
-        warnings.warn(f"images can't be prepared, only text: {error}", stacklevel=3)
-        return tokenizer_of(name)
+        if reads:
+            return _fetched(transformers.AutoProcessor, str(name), "processor")
+        return _fetched(transformers.AutoImageProcessor, str(name), "image processor")
+    except ValueError as error:
+        left = "text" if reads else "pixel_values"
+        warnings.warn(f"images can't be prepared, only {left} can be explained: {error}", stacklevel=3)
+        return tokenizer_of(name) if reads else None
 
 
 def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
@@ -126,7 +132,7 @@ def _refusal(name: str, what: str, error: Exception) -> str:
     import transformers
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:3]).rstrip(".:;")
+    text = " ".join(lines[: 3 if lines and lines[0].endswith(":") else 1]).rstrip(".:;")
     reason = f"{type(error).__name__}: {text}" if isinstance(error, (AttributeError, KeyError, TypeError)) else text
     start = f"cannot load the {what} {name!r}: "
     if "trust_remote_code" in str(error):

@@ -214,25 +214,35 @@ def _solve(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return func(_stop_all(args[0]), *args[1:], **kwargs)
 
 
-def _power(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _power(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     base, exponent = _positional(args, kwargs, "input self", "exponent")[0]
     if isinstance(exponent, Tensor) and exponent.dim() == 0 and not exponent.requires_grad:
         exponent = exponent.item()
     if not _is_activation(base) or not isinstance(exponent, (int, float)) or exponent < 1:
         return _constant(func, args, kwargs)
-    return copy_mark(base, rules.scale_gradient(func(*args, **kwargs), 1 / float(exponent)))
+    share = 1.0 if _ends_activation(composite, base) else 1 / float(exponent)
+    return copy_mark(base, rules.scale_gradient(func(*args, **kwargs), share))
 
 
-def _square(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _square(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = _positional(args, kwargs, "input self")
-    return copy_mark(args[0], rules.scale_gradient(func(*args, **kwargs), 0.5))  # relu(x)^2 is an activation
+    share = 1.0 if _ends_activation(composite, args[0]) else 0.5
+    return copy_mark(args[0], rules.scale_gradient(func(*args, **kwargs), share))
+
+
+def _ends_activation(composite: Composite, base: Tensor) -> bool:
+    """Whether a power belongs to an activation function, as in relu(x)^2, that is differentiated as a whole."""
+    return composite.activation == "gradient" and _mark_of(base) == "gate"
 
 
 def _scalar_sum(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A Python scalar added to an activation absorbs relevance: the sum is a gate, a constant."""
     operands = _positional(args, kwargs, "input self", "other")[0]
     gate = any(isinstance(x, (int, float)) and abs(x) > SMALLEST_GATE_SCALAR for x in operands[:2])
-    return _constant(func, args, kwargs) if gate else func(*args, **kwargs)
+    if gate:
+        return _constant(func, args, kwargs)
+    routes = len(operands) > 1 and all(_is_activation(x) and _mark_of(x) == "weights" for x in operands[:2])
+    return mark(func(*args, **kwargs), "weights") if routes else func(*args, **kwargs)
 
 
 def _scalar_sum_in_place(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -447,7 +457,7 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
     use(opnames.SUMS_OF_PRODUCT, partial(_sum_of_product, composite))
     if composite.product != "gradient":
         use(opnames.PRODUCTS, partial(_product, composite))
-        use(opnames.POWERS, _power)
+        use(opnames.POWERS, partial(_power, composite))
         use(opnames.CONSTANT, _constant)
         use(opnames.DIVISIONS, _division)
         use(opnames.REVERSE_DIVISIONS, _constant)
@@ -455,7 +465,7 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
         use(("scatter_reduce", "index_reduce"), _reduction)
         use(opnames.NORM_PARTS, partial(_norm_part, composite))
         use(opnames.SCALAR_SUMS, _scalar_sum)
-        table |= {"square": _square, "glu": _glu, "grid_sampler": _grid_sampler}
+        table |= {"square": partial(_square, composite), "glu": _glu, "grid_sampler": _grid_sampler}
     table["batch_norm"] = partial(_batch_norm, composite)
     if composite.norm == "identity":
         use(opnames.NORM_PARTS, _constant)

@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 from lxt.interfaces import SEEN_BY_THE_MODE, uses_interface
+from lxt.opnames import BOUNDS, BY_RATIO, CLOSED_FORMS, MATRIX_PRODUCTS, SOFTMAX
 
 __all__ = ["attention_names", "refuse_missing_weights", "refuse_virtual_tokens", "refuse_what_has_no_rule"]
+
+_OF_ACTIVATIONS = (
+    (frozenset(CLOSED_FORMS) | BY_RATIO | MATRIX_PRODUCTS | SOFTMAX) - BOUNDS
+    | {"gelu", "sigmoid", "softplus", "exp", "glu", "layer_norm", "rms_norm", "group_norm", "linear", "rsqrt"}
+    | {"scaled_dot_product_attention"}
+)  # fmt: skip
 
 
 def refuse_what_has_no_rule(model: nn.Module) -> None:
@@ -49,7 +56,7 @@ def _refuse_what_the_mode_cannot_see(model: nn.Module) -> None:
             )
     named = {cls: _scripted_function(cls) for cls in {type(module) for module in model.modules()}}
     for module in model.modules():
-        held = next((key for key, x in module.__dict__.items() if isinstance(x, torch.jit.ScriptFunction)), None)
+        held = next((key for key, value in module.__dict__.items() if _hides_a_rule(value)), None)
         function = held or named[type(module)]
         if function is not None:
             raise ValueError(
@@ -65,6 +72,19 @@ def _refuse_what_the_mode_cannot_see(model: nn.Module) -> None:
             )
 
 
+def _hides_a_rule(function: object) -> bool:
+    """Whether it is TorchScript with an operation that only activations meet: DeBERTa's, of positions, is fine."""
+    if not isinstance(function, torch.jit.ScriptFunction):
+        return False
+    todo = list(function.inlined_graph.nodes())  # pyright: ignore[reportAttributeAccessIssue]
+    while todo:
+        node = todo.pop()
+        if node.kind().removeprefix("aten::").rstrip("_") in _OF_ACTIVATIONS:
+            return True
+        todo += [inner for block in node.blocks() for inner in block.nodes()]
+    return False
+
+
 def _scripted_function(cls: type[nn.Module]) -> str | None:
     """A TorchScript function that a method of the class names, or that the functions it names do."""
     todo = [method for method in vars(cls).values() if isinstance(method, FunctionType)]
@@ -73,7 +93,7 @@ def _scripted_function(cls: type[nn.Module]) -> str | None:
         function = todo.pop()
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
-            if isinstance(value, torch.jit.ScriptFunction):
+            if _hides_a_rule(value):
                 return name
             if isinstance(value, FunctionType) and value.__module__ == cls.__module__ and value not in seen:
                 seen.add(value)

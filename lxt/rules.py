@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lxt.coefficients import COEFFICIENTS, Coefficient, wide
+from lxt.dispatch import form, kernel
 
 __all__ = [
     "NormStyle",
@@ -24,11 +25,14 @@ __all__ = [
     "group_norm",
     "identity",
     "layer_norm",
+    "relevance",
     "rms_norm",
     "rms_norm_function",
+    "rotary",
     "scale_gradient",
     "stop",
     "tempered_softmax",
+    "value_attention",
 ]
 
 NormStyle = Literal["llama", "gemma", "t5"]
@@ -76,6 +80,9 @@ def identity(x: Tensor, function: Callable[[Tensor], Tensor], coefficient: Coeff
         function: the forward, run as it is.
         coefficient: f(x) / x, or the name of one in lxt.coefficients.
     """
+    fused = kernel("identity", x)
+    if fused and (name := form(coefficient)):
+        return fused(x, function, name)
     return _Identity.apply(x, function, COEFFICIENTS[coefficient] if isinstance(coefficient, str) else coefficient)
 
 
@@ -111,7 +118,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "llama") 
         x: [..., hidden]
         weight: [hidden]
     """
-    return _RMSNorm.apply(x, weight, eps, style)
+    fused = kernel("rms_norm", x, weight) if weight.shape == x.shape[-1:] else None
+    return (fused or _RMSNorm.apply)(x, weight, eps, style)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -146,7 +154,8 @@ def layer_norm(
 
     c_x = (c - mean(c)) / sigma with c = c_y * weight. Saves 1/sigma only, in float32 or wider.
     """
-    return _LayerNorm.apply(x, normalized_shape, weight, bias, eps)
+    fused = kernel("layer_norm", x, weight, bias)
+    return (fused or _LayerNorm.apply)(x, normalized_shape, weight, bias, eps)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -270,6 +279,9 @@ def gated_product(
         gate: [..., d_mlp], before the activation.
         up: [..., d_mlp]
     """
+    fused = kernel("gated_product", gate, up) if gate.shape == up.shape and gate.dim() else None
+    if fused and (name := form(coefficient)):
+        return fused(gate, up, activation, name, stop_gate)
     coefficient = COEFFICIENTS[coefficient] if isinstance(coefficient, str) else coefficient
     return _GatedProduct.apply(gate, up, activation, coefficient, stop_gate)
 
@@ -312,3 +324,87 @@ class _TemperedSoftmax(torch.autograd.Function):
 def tempered_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, temperature: float) -> Tensor:
     """Softmax whose backward uses the probabilities at `temperature`; at 1 it is the plain gradient (Prop. 3.1)."""
     return F.softmax(x, dim, dtype=dtype) if temperature == 1 else _TemperedSoftmax.apply(x, dim, dtype, temperature)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.factor, ctx.dtype = factor, x.dtype
+        first, second = x.chunk(2, dim=-1)
+        return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        c = c_y.to(wide(c_y.dtype))
+        first, second = (c * sin.unsqueeze(1)).chunk(2, dim=-1)
+        turned = torch.cat((second, -first), dim=-1)
+        return (ctx.factor * (c * cos.unsqueeze(1) + turned)).to(ctx.dtype), None, None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, factor: float = 1.0) -> Tensor:
+    """Rotary position embedding, x cos + rotate(x) sin with the halves' rotate((a, b)) = (-b, a), and a factor on c.
+
+    It is linear: c_x is the plain gradient times `factor`, the uniform rule's share of queries or keys.
+
+    Args:
+        x: [batch, head, token, d_head], queries or keys.
+        cos: [batch or 1, token, d_head], as `sin`.
+    """
+    return (kernel("rotary", x, cos, sin) or _Rotary.apply)(x, cos, sin, factor)
+
+
+def value_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """Torch's scaled_dot_product_attention with the softmax as a constant (CP-LRP): c_v = P^T c_out, c_q = c_k = 0.
+
+    Args:
+        query: [batch, head, query, d_head]; key and value: [batch, head, key, d_head].
+        window: query i sees the keys i - window + 1 to i only; needs `is_causal`, and no `attn_mask`.
+
+    Raises:
+        ValueError: a window without `is_causal`, or with a mask.
+    """
+    if window is not None and (not is_causal or attn_mask is not None or window < 1):
+        raise ValueError(
+            f"window={window} needs is_causal=True, no attn_mask and at least one key; other windows go into attn_mask"
+        )
+    query, key = stop(query), stop(key)
+    attn_mask = attn_mask if attn_mask is None else stop(attn_mask)
+    alike = query.dim() == 4 and key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0]
+    grouped = alike and query.shape[1] % key.shape[1] == 0 if enable_gqa else alike and query.shape[1] == key.shape[1]
+    if grouped and value.requires_grad and (fused := kernel("value_attention", query, key, value)):
+        return fused(query, key, value, attn_mask, is_causal, scale, enable_gqa, window)
+    if window is not None:
+        places = (torch.arange(x.shape[-2], device=x.device) for x in (query, key))
+        distance = next(places)[:, None] - next(places)
+        attn_mask, is_causal = (distance >= 0) & (distance < window), False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def relevance(x: Tensor, c_x: Tensor, groups: int | None = None) -> Tensor:
+    """The relevance x * c summed over the last dimension: of each token, or with `groups` of each head.
+
+    Args:
+        x: [..., hidden], an activation.
+        c_x: [..., hidden], its coefficient.
+        groups: how many equal parts of hidden are summed apart.
+
+    Returns:
+        [...] or [..., groups], in float32 or wider.
+    """
+    if x.dim() and x.shape == c_x.shape and (fused := kernel("relevance", x, c_x)):
+        return fused(x, c_x, groups)
+    product = x.to(wide(x.dtype)) * c_x.to(wide(x.dtype))
+    return (product if groups is None else product.unflatten(-1, (groups, -1))).sum(-1)

@@ -219,7 +219,7 @@ def similarity(
 def _refuse_unsuitable(model: Model) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"similarity needs a transformers model instance, got {type(model).__name__}: load it first")
-    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+    if "decoder_input_ids" in signature(type(model).forward).parameters:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; pass its encoder: model.get_encoder()")
     if "inputs_embeds" not in signature(type(model).forward).parameters:
         raise ValueError(

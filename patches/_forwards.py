@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lxt.coefficients import COEFFICIENTS, Coefficient, clipped_gelu
 from lxt.composites import Composite
-from lxt.mode import plain_gradient
+from lxt.declarations import Declaration
+from lxt.mode import current_mode, plain_gradient
 from lxt.operations import mark
 from lxt.patchmap import ForwardFactory
 from lxt.rules import NormStyle, gated_product, identity, rms_norm
@@ -127,11 +128,13 @@ def activation_fence(module: nn.Module, composite: Composite) -> Callable | None
     def forward(self: Any, input: Tensor) -> Tensor:
         if not input.requires_grad:
             return type(self).forward(self, input)
-        if composite.activation == "gradient":
-            with plain_gradient():
-                y = type(self).forward(self, input)
-        else:
+        mode = current_mode()
+        if composite.activation != "gradient":
             y = identity(input, _bare(self), coefficient)
+        elif mode is None or mode.suspended:
+            y = type(self).forward(self, input)
+        else:  # whatever it is written with, an autograd function of its own included
+            y = mode.declared(Declaration("linear", type(self).__name__), _bare(self), (input,), {})
         return mark(y, "gate")
 
     return forward

@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: the kernels' tests then run on the CPU
+
 torch.set_num_threads(1)  # tests run in several processes
 
 

@@ -35,6 +35,47 @@ def relevance(formula: Callable[..., Tensor], rules: str | Composite = "attnlrp"
     return [found.tolist() for found in run(formula, rules, **inputs).relevance.values()]
 
 
+def test_matrix_products_are_differentiated_where_attention_is() -> None:
+    """Whether or not a softmax is found behind them: the field is about products of two activations."""
+    rules = ATTN_LRP.but(attention="gradient")
+    # d/da of (a b) is b, so a's relevance is all of the product, and b's too
+    assert relevance(lambda a, b: a @ b, rules, a=[[2.0]], b=[[3.0]]) == [[[6.0]], [[6.0]]]
+    assert relevance(lambda a, b: a @ b, ATTN_LRP, a=[[2.0]], b=[[3.0]]) == [[[3.0]], [[3.0]]]
+
+
+def test_a_squared_relu_is_differentiated_where_activations_are() -> None:
+    rules = ATTN_LRP.but(activation="gradient")
+    assert relevance(lambda x: torch.relu(x).pow(2), rules, x=3.0) == [18.0]
+    assert relevance(lambda x: torch.relu(x).pow(2), ATTN_LRP, x=3.0) == [9.0]
+    assert relevance(lambda x: x.pow(2), rules, x=3.0) == [9.0]
+
+
+@pytest.mark.parametrize("largest", [lambda w: w.amax(-1), lambda w: torch.max(w, -1).values])
+def test_the_largest_of_softmax_weights_is_a_router(largest: Callable[[Tensor], Tensor]) -> None:
+    """Switch Transformers weigh their one expert with it."""
+
+    def formula(x: Tensor, expert: Tensor) -> Tensor:
+        return largest(torch.softmax(x, -1)) * expert
+
+    (of_x, of_expert) = relevance(formula, ATTN_LRP.but(router="stop"), x=[1.0, 2.0], expert=5.0)
+    assert of_x == [0.0, 0.0]
+    assert of_expert == pytest.approx(5 * sigmoid(1.0))
+
+
+def test_a_sum_of_softmax_weights_is_a_router_and_a_sum_with_something_else_is_not() -> None:
+    rules = ATTN_LRP.but(router="stop")
+
+    def two(x: Tensor, expert: Tensor) -> Tensor:
+        weights = torch.softmax(x, -1)
+        return (weights[0] + weights[1]) * expert
+
+    def mixed(x: Tensor, expert: Tensor) -> Tensor:
+        return (torch.softmax(x, -1)[0] + x[1]) * expert
+
+    assert relevance(two, rules, x=[1.0, 2.0, 3.0], expert=5.0)[0] == [0.0, 0.0, 0.0]
+    assert relevance(mixed, rules, x=[1.0, 2.0, 3.0], expert=5.0)[0][1] != 0.0
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 

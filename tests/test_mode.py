@@ -110,6 +110,34 @@ def test_router(router):
     agree(lambda x: moe(x, operator.mul), lambda x: moe(x, by_hand), ATTN_LRP.but(router=router))
 
 
+CARRIERS = {
+    "max": lambda weights: torch.max(weights, dim=-1).values.unsqueeze(-1),
+    "amax": lambda weights: weights.amax(-1, keepdim=True),
+    "sum of two": lambda weights: weights[..., :1] + weights[..., 1:2],
+    "pad": lambda weights: F.pad(weights, (1, 0))[..., 1:],
+    "as_strided": lambda weights: weights.contiguous().as_strided((ROWS, 1), (weights.shape[-1], 1)),
+}
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_what_is_taken_of_softmax_weights_is_weights(carrier):
+    def routed(x: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return weigh(CARRIERS[carrier](torch.softmax(x, -1, dtype=torch.float64)).to(x.dtype), x)
+
+    agree(
+        lambda x: routed(x, operator.mul),
+        lambda x: routed(x, lambda weights, x: weights.detach() * x),
+        ATTN_LRP.but(router="stop"),
+    )
+
+
+@pytest.mark.parametrize("square", [torch.square, lambda x: x**2, lambda x: torch.pow(x, 2)])
+def test_a_squared_relu_is_one_activation(square):
+    agree(lambda x: square(torch.relu(x)), lambda x: square(torch.relu(x)), ATTN_LRP.but(activation="gradient"))
+    agree(lambda x: square(torch.relu(x)), lambda x: x * torch.relu(x).detach())
+    agree(lambda x: square(x), lambda x: x * x.detach(), ATTN_LRP.but(activation="gradient"))
+
+
 # -- functions that torch implements in Python
 
 

@@ -18,6 +18,7 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {"lxt.patches": "patches", "lxt.triton_kernels": "triton_kernels"}
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -93,7 +94,7 @@ def test_wheel_holds_the_typing_marker_the_licence_and_the_bundled_model(wheel):
 
 def test_a_wheel_from_the_source_distribution_is_the_same(source, wheel, tmp_path):
     with tarfile.open(build("sdist", source, tmp_path / "sdist")) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        archive.extractall(tmp_path / "unpacked", **SAFELY)
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     with zipfile.ZipFile(build("wheel", unpacked, tmp_path / "wheel")) as archive:
         assert set(archive.namelist()) == wheel

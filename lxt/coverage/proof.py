@@ -54,7 +54,7 @@ class Record:
         control: sum of the bare model's gradient × input to the logit.
         parameters: how many the tiny model has.
         sources: how many tensors relevance ended at.
-        reach: the share of their positions (tokens, pixels) that got any: a proof at one token proves little.
+        reach: the share of tokens, pixels or samples with relevance, in the input that has the least.
         seconds: everything together.
         versions: of torch and transformers.
     """
@@ -150,7 +150,8 @@ def _prove(subject: Subject, record: Record) -> None:
             record.logits = max(record.logits or 0.0, _distance({"": logits}, {"": bare}))
             if name in CONSERVING:
                 record.conservation[name] = _relative(sum(float(part.sum()) for part in found[name].values()), value)
-        record.reach = _reach(found["cp"])
+        inputs = {name: part for name, part in found["cp"].items() if name not in explained.tokens}
+        record.reach = _reach(inputs)
         record.stage = "audit"
         for name, rules in AUDITED.items():
             _audit(explained, sources, index, name, rules, found[name], record)
@@ -239,9 +240,15 @@ def _checkpointing(model: Any) -> Iterator[None]:
 
 
 def _reach(relevance: dict[str, Tensor]) -> float:
-    """The share of positions with relevance, over all sources; a position is all of a tensor's axes but the last."""
-    sums = torch.cat([part.abs().sum(-1).flatten() for part in relevance.values()])
-    return round(float((sums > 0).double().mean()), 3)
+    """The share of tokens, pixels and samples with relevance, in the input where it is smallest.
+
+    Parameters that stand for tokens are left out: a table of positions has rows that a short input doesn't use.
+    """
+    shares = []
+    for part in relevance.values():
+        received = part != 0 if part.dim() < 3 else (part != 0).any(-1)
+        shares.append(float(received.double().mean()))
+    return round(min(shares), 3)
 
 
 def _relative(total: float, value: float) -> float:

@@ -171,6 +171,14 @@ ENCODERS: dict[str, Tiny] = {
             "v_channels": 32,
         }
     ),
+    "roc_bert": Tiny(
+        config={
+            "pronunciation_vocab_size": 128,
+            "shape_vocab_size": 128,
+            "pronunciation_embed_dim": 16,
+            "shape_embed_dim": 16,
+        }
+    ),
     "tapas": Tiny(config={"type_vocab_sizes": [3, 8, 8, 2, 8, 8, 10]}, inputs=_table),
     "ultravbert": _IMAGE,
     "xmod": Tiny(config={"default_language": "en_XX"}),

@@ -142,7 +142,9 @@ MULTIMODAL: dict[str, Tiny] = {
     "minicpm_ocr": Tiny(config={"image_token_id": 100, "video_token_id": 101, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, inputs=image_tokens(16, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]]))),
     "minicpmv4_6": Tiny(config={"image_token_id": 100, "video_token_id": 101, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, inputs=image_tokens(4, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]]))),
     "minicpmv4_7": Tiny(config={"image_token_id": 100, "video_token_id": 101, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, inputs=image_tokens(4, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]]))),
+    "mllama_text_model": Tiny(config={"cross_attention_layers": [1]}),  # the default's lie behind the tiny depth
     "mllama": Tiny(
+        sources=("gated_positional_embedding.embedding",),
         config={"vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 64, "num_global_layers": 1}},
         inputs=lambda model: {
             "input_ids": token_ids(7), "pixel_values": normal(1, 1, 4, 3, 16, 16), "aspect_ratio_ids": torch.tensor([[2]]),
@@ -169,12 +171,12 @@ MULTIMODAL: dict[str, Tiny] = {
             "noise": normal(1, 4, 32, seed=4), "timestep": torch.tensor([1]), "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
         },
     ),
-    "pix2struct": Tiny(inputs=lambda model: {"flattened_patches": flattened(2, 3, 768), "decoder_input_ids": token_ids(4)}),
+    "pix2struct": Tiny(inputs=lambda model: {"pixel_values": None, "flattened_patches": flattened(2, 3, 768), "decoder_input_ids": token_ids(4)}),
     "qwen2_5_omni_thinker": Tiny(config=_MROPE | _WINDOWS, inputs=grid(4, 6, 6)),
     "qwen3_omni_moe_thinker": Tiny(config=_MROPE, inputs=grid(4, 6, 6)),
     "qwen4_exp": Tiny(config=_HALF_ROPE, inputs=grid(4, 6, 6)),
     "t5gemma2": Tiny(config={"encoder": {"mm_tokens_per_image": 4, "vision_config": {"image_size": 32}}}, inputs=image_tokens(4, decoder_input_ids=token_ids(4), pixel_values=normal(1, 3, 32, 32))),
     "udop": Tiny(inputs=lambda model: {"input_ids": token_ids(9), "bbox": torch.rand(1, 9, 4, generator=torch.Generator().manual_seed(3)).sort(-1).values, "decoder_input_ids": token_ids(4)}),
     "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1], "downsample_channels": [24, 32]}}}, inputs=image_tokens(4)),
-    "vision-encoder-decoder": Tiny(inputs=lambda model: {"decoder_input_ids": token_ids(4)}),
+    "vision-encoder-decoder": Tiny(config={"decoder": {"is_decoder": True, "add_cross_attention": True}}, inputs=lambda model: {"decoder_input_ids": token_ids(4)}),
 }  # fmt: skip

@@ -148,6 +148,7 @@ TEXT: dict[str, Tiny] = {
     "longcat_flash": Tiny(config={"zero_expert_num": 2}),
     "mamba2": Tiny(config=_SSM),
     "ministral": Tiny(config={"head_dim": 8, "num_key_value_heads": 2}),
+    "mistral4": Tiny(config={"head_dim": 16}),  # without and with rotation, which the class adds up
     "nemotron": Tiny(config={"num_key_value_heads": 2}),
     "qwen4_exp_text": Tiny(
         config={

@@ -1,0 +1,62 @@
+"""Relevance of each token or head: the sum of x * c over its part of the last dimension, in float32.
+
+A program takes several groups and goes along them in steps, so x and c are read once and nothing else is written but
+the sums; the eager twin casts both to float32 and writes their product first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lxt.triton_kernels.launch import launch, rows
+from lxt.triton_kernels.rms_norm import tile
+
+__all__ = ["relevance"]
+
+
+@triton.jit
+def sum_kernel(out, x, c_x, x_stride, c_stride, count, groups, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Group g of `count` is part g % groups of row g // groups."""
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = group < count
+    x_start = x + group // groups * x_stride + group % groups * width
+    c_start = c_x + group // groups * c_stride + group % groups * width
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, width, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = exists[:, None] & (i < width)[None, :]
+        a = tl.load(x_start[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += a * tl.load(c_start[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + group, tl.sum(total, 1), mask=exists)
+
+
+def relevance(x: Tensor, c_x: Tensor, groups: int | None = None) -> Tensor:
+    """The twin of lxt.rules.relevance.
+
+    Args:
+        x: [..., hidden], an activation.
+        c_x: [..., hidden], its coefficient.
+        groups: how many equal parts of hidden (heads) are summed apart; None sums all of it.
+
+    Returns:
+        [...] or [..., groups], in float32.
+
+    Raises:
+        ValueError: hidden can't be divided into that many parts.
+    """
+    parts = 1 if groups is None else groups
+    if parts < 1 or x.shape[-1] % parts:
+        raise ValueError(f"{x.shape[-1]} numbers of a token can't be divided into {groups} groups of one size")
+    shape = x.shape[:-1] if groups is None else (*x.shape[:-1], groups)
+    if x.numel() == 0:
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    a, c = rows(x), rows(c_x)
+    width = a.shape[1] // parts
+    size, block = tile(width)
+    arguments = [out, a, c, a.stride(0), c.stride(0), len(a) * parts, parts, width]
+    launch(sum_kernel, [triton.cdiv(len(a) * parts, size)], arguments, {"ROWS": size, "BLOCK": block})
+    return out
