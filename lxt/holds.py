@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -70,8 +71,14 @@ def make_still(module: nn.Module) -> Undo | None:
     if module.training and not getattr(module, "gradient_checkpointing", False):
         module.training = False
         return partial(setattr, module, "training", True)
-    rate = module.__dict__.get("layerdrop")
-    if module.training and rate:
-        module.__dict__["layerdrop"] = 0.0
-        return partial(module.__dict__.__setitem__, "layerdrop", rate)
-    return None
+    own = module.__dict__
+    still: dict[str, Any] = {"layerdrop": 0.0} if module.training and own.get("layerdrop") else {}
+    rates = getattr(own.get("config"), "__dict__", {})
+    if module.training and any(rate for name, rate in rates.items() if name.endswith("layerdrop")):
+        still["config"] = copy.copy(own["config"])  # others may have this one, too
+        for name in rates:
+            if name.endswith("layerdrop"):
+                setattr(still["config"], name, 0.0)
+    before = {name: own[name] for name in still}
+    own.update(still)
+    return partial(own.update, before) if before else None

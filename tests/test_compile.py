@@ -8,6 +8,7 @@ from relevances import relevance, state
 from torch import nn
 
 import lxt
+from lxt.compiling import call_eagerly
 
 CASES = [(name, backend) for name in ("llama", "qwen3", "gemma3") for backend in ("eager", "aot_eager")]
 CASES += [("llama", "inductor")]
@@ -149,6 +150,17 @@ def test_one_graph_is_refused_and_says_why():
         pytest.raises(torch._dynamo.exc.Unsupported, match="rules run eagerly: compile without fullgraph=True"),
     ):
         relevance(torch.compile(model, backend="aot_eager", fullgraph=True))
+
+
+def test_what_is_called_eagerly_is_not_traced():
+    traced = []
+
+    def function(x):
+        traced.append(torch.compiler.is_compiling())
+        return x + 1
+
+    torch.compile(lambda x: call_eagerly(function, x * 2) * 3, backend="eager")(torch.ones(2))
+    assert traced == [False]
 
 
 def gated(output, x):

@@ -212,7 +212,7 @@ def test_a_decorator_gives_back_what_it_decorates():
     assert issubclass(Module, nn.Module)
     (x,) = some((6, 4))
     _, expected = of_the_patched(Mixer(attention), "attnlrp", x)
-    for attend in (Mine.apply, Module(), function):
+    for attend in (lambda query, key, value: Mine.apply(query, key, value), Module(), function):
         assert_same(of_the_patched(Mixer(attend), "attnlrp", x)[1], expected)
 
 
@@ -228,7 +228,7 @@ def test_a_subclass_that_computes_something_else_has_no_rule():
     q, k, v = some((4, 3), (4, 3), (4, 3))
     assert_same(Other.apply(q, k, v), 2 * attention(q, k, v))
     with pytest.raises(lxt.UnknownOperation, match="Other"):
-        of_the_patched(Mixer(Other.apply), "attnlrp", x)
+        of_the_patched(Mixer(lambda query, key, value: Other.apply(query, key, value)), "attnlrp", x)
 
     class Same(lxt.declare(type("Base", (Attend,), {}), "attention")):
         pass

@@ -12,7 +12,14 @@ import torch
 from models import build, checkpointed, inputs_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BeitConfig, BeitForImageClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 from transformers.models.llama import modeling_llama
 
 import lxt
@@ -105,6 +112,22 @@ def test_dropped_layers_and_paths_are_inactive() -> None:
     with lxt.monkey_patch(beit):
         assert torch.equal(beit(pixels).logits, beit(pixels).logits)
     assert all(module.training for module in beit.modules())
+
+
+def test_layers_dropped_at_a_rate_of_the_configuration_run_all() -> None:
+    config = Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, conv_dim=[8], conv_stride=[2],
+        conv_kernel=[3], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.9, mask_time_prob=0.5,
+    )  # fmt: skip
+    model, sound = Wav2Vec2ForSequenceClassification(config).train(), torch.randn(1, 60)
+    model.freeze_feature_encoder()
+    for model in (model, checkpointed(model)):
+        with lxt.monkey_patch(model):
+            logits = [model(sound.clone().requires_grad_()).logits for _ in range(6)]
+        assert all(torch.equal(logits[0], other) for other in logits)
+        assert model.wav2vec2.encoder.training
+        assert model.wav2vec2.encoder.config is config
+        assert config.layerdrop == 0.9
 
 
 def test_with_blocks_nest() -> None:

@@ -235,7 +235,7 @@ def value_kernel(
         if window > 0:
             end = tl.minimum(queries, first + KEYS + window - 1)
     for member in range(0, GROUP):
-        head = shared + member * (heads // GROUP)
+        head = shared * GROUP + member
         q_start = q + batch * q_batch + head * q_head
         o_start = c_out + batch * o_batch + head * o_head
         mask_start = mask + batch * mask_batch + head * mask_head

@@ -31,6 +31,18 @@ _CONVOLUTIONS = {
     "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": 16,
 }
+_SEAMLESS = Tiny(
+    config={
+        "speech_encoder_layers": 2,
+        "speech_encoder_attention_heads": 4,
+        "speech_encoder_intermediate_size": 40,
+        "feature_projection_input_dim": 16,
+        "adaptor_kernel_size": 3,
+        "adaptor_stride": 2,
+        "conv_depthwise_kernel_size": 3,
+    },
+    inputs=_spectrogram(20, 16),
+)
 _PARAKEET = {"num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 3}
 
 SPEECH: dict[str, Tiny] = {
@@ -110,6 +122,8 @@ SPEECH: dict[str, Tiny] = {
     "moonshine_streaming": Tiny(config={"num_key_value_heads": 4}, inputs=_waves(2560)),
     "moonshine": Tiny(inputs=_waves(3000)),
     "pop2piano": Tiny(inputs=_spectrogram(8, 32)),
+    "speech/seamless_m4t": _SEAMLESS,
+    "speech/seamless_m4t_v2": _SEAMLESS,
     "speech-encoder-decoder": Tiny(
         config={"decoder": {"is_decoder": True, "add_cross_attention": True}}, inputs=_waves(), prepare=_frozen
     ),
