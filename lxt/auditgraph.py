@@ -212,11 +212,14 @@ class Graph:
         return False
 
     def normalises(self, node: Node) -> bool:
-        """Whether a logsumexp is only subtracted from its own input: the exponential of that is a softmax."""
-        users = self.users.get(node, ())
-        source = node.next_functions[0]
+        """Whether a logsumexp is only subtracted from its own input, for an exponential to be attention's softmax."""
+        users, source = self.users.get(node, ()), node.next_functions[0]
         return bool(users) and all(
-            kind(user) == "Sub" and edge == 1 and user.next_functions[0] == source for user, edge in users
+            kind(user) == "Sub"
+            and edge == 1
+            and user.next_functions[0] == source
+            and any(kind(after) == "Exp" and self.weighs(after) for after, _ in self.users[user])
+            for user, edge in users
         )
 
     def _scales(self, node: Node) -> bool:

@@ -152,10 +152,10 @@ def _declare_autograd_function(function: Any, rule: Any, name: str) -> Any:
     if rule is None:
         return function
     declaration = _declaration(function.forward, rule, name, skip=not _has_setup_context(function))
-    apply = function.apply.__func__
+    apply: Any = inspect.getattr_static(function, "apply")  # a classmethod, or torch's own of C
 
     def declared_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = functools.partial(apply, cls)
+        bound = apply.__get__(None, cls)
         if cls is not function:  # a subclass computes something else
             return bound(*args, **kwargs)
         return run_declared(declaration, bound, args, kwargs)

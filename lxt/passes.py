@@ -20,6 +20,7 @@ from lxt.audit import audit
 from lxt.coefficients import wide
 from lxt.composites import Composite
 from lxt.encdec import FromIds, forward, inputs_of, shifted, with_prefix
+from lxt.holds import Holds, make_constant
 from lxt.inputs import Model, Prepared, Row, offender, prepare, task
 from lxt.interfaces import SEEN_BY_THE_MODE
 from lxt.lastlayer import only_at
@@ -95,6 +96,8 @@ def run(
             capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
             narrowed(_head(model), where) as finish,
             only_at(last, where),
+            # on the bare model too: torch has another kernel where an attention bias requires grad
+            Holds().hold(model.parameters(), make_constant),
             patch(),
         ):
             output = forward(model, prepared)

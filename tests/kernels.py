@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICE", "DTYPES", "INTERPRETED", "LAYOUTS", "assert_close", "coefficients", "poisoned", "step"]
+__all__ = ["DEVICE", "DTYPES", "INTERPRETED", "LAYOUTS", "assert_close", "coefficients", "far_apart", "poisoned", "step"]
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -34,9 +34,22 @@ def half(x: Tensor) -> Tensor:
     return view
 
 
+def transposed(x: Tensor) -> Tensor:
+    """The same numbers, the first two dimensions the other way round in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def far_apart(columns: int) -> Tensor:
+    """4 rows of ones, whose stride fits 32 bits and the last row's place does not; what lies between is not touched."""
+    gap = 2**30 + 16
+    whole = torch.empty(3 * gap + columns, dtype=torch.float16, device=DEVICE)
+    return whole.as_strided((4, columns), (gap, 1)).copy_(torch.ones(4, columns))
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "dense": lambda x: x,
     "strided": strided,
+    "transposed": transposed,
     "half": half,
     "empty": lambda x: x[:0],
 }

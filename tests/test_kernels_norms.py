@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import DEVICE, DTYPES, INTERPRETED, LAYOUTS, assert_close, coefficients, step
+from kernels import DEVICE, DTYPES, INTERPRETED, LAYOUTS, assert_close, coefficients, far_apart, step
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -24,6 +24,13 @@ SHAPES = [(2, 3, 7), (1, 1), (70, 16), (3, 257), (2, TILE + 5)]
 def _eager_twins(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("LXT_KERNELS", "off")
+
+
+def grown(function):
+    """`coefficients` of rows far apart; memory is not poisoned, which would touch what lies between them."""
+    x = far_apart(20).requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, far_apart(20)), None
 
 
 def rounding(dtype: torch.dtype, times: int) -> float:
@@ -130,13 +137,26 @@ def exact_relevance(x: Tensor, c: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def test_relevance(layout, dtype, hidden, groups):
     x, c = (torch.randn(2, 7, hidden, device=DEVICE).to(dtype) for _ in range(2))
     with torch.no_grad():
-        found = relevance(LAYOUTS[layout](x), c[:0] if layout == "empty" else LAYOUTS[layout](c), groups)
+        found = relevance(LAYOUTS[layout](x), c[:0] if layout == "empty" else c, groups)
+        assert torch.equal(relevance(c[:0] if layout == "empty" else c, LAYOUTS[layout](x), groups), found)
         twin = rules.relevance(LAYOUTS[layout](x), c[:0] if layout == "empty" else c, groups)
     assert found.shape == twin.shape
     assert found.dtype == twin.dtype == torch.float32
     if layout != "empty":
         expected, size = exact_relevance(x, c, groups or 1)
         assert ((found.double().view_as(expected) - expected).abs() <= 2**-20 * size).all()
+
+
+def test_rows_far_apart():
+    weight = torch.ones(20, device=DEVICE).half()
+    for exact in (True, False):
+        y, (c,), _ = grown(lambda x: rms_norm(x, weight, EPS, "llama", exact))
+        assert_close(y, torch.ones_like(y), 2**-9)
+        assert_close(c, torch.ones_like(c), 2**-9)
+    _, (c,), _ = grown(lambda x: layer_norm(x, (20,), weight))
+    assert torch.equal(c, torch.zeros_like(c))
+    x = far_apart(20)
+    assert torch.equal(relevance(x, far_apart(20), 4), torch.full((4, 4), 5.0, device=DEVICE))
 
 
 def test_relevance_of_nothing_and_of_uneven_groups():

@@ -119,9 +119,9 @@ def test_layers_dropped_at_a_rate_of_the_configuration_run_all() -> None:
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, conv_dim=[8], conv_stride=[2],
         conv_kernel=[3], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.9, mask_time_prob=0.5,
     )  # fmt: skip
-    model, sound = Wav2Vec2ForSequenceClassification(config).train(), torch.randn(1, 60)
-    model.freeze_feature_encoder()
-    for model in (model, checkpointed(model)):
+    wav2vec2, sound = Wav2Vec2ForSequenceClassification(config).train(), torch.randn(1, 60)
+    wav2vec2.freeze_feature_encoder()
+    for model in (wav2vec2, checkpointed(wav2vec2)):
         with lxt.monkey_patch(model):
             logits = [model(sound.clone().requires_grad_()).logits for _ in range(6)]
         assert all(torch.equal(logits[0], other) for other in logits)

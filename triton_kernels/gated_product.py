@@ -55,7 +55,7 @@ def backward_kernel(
     ratio = form(g, FORM)
     activated = (g * ratio).to(gate.dtype.element_ty).to(tl.float32)
     out = row * hidden + i
-    tl.store(c_gate + out, (half * (ratio * u)).to(c_gate.dtype.element_ty), mask=inside)  # a large up times 0 is 0
+    tl.store(c_gate + out, (half * (ratio * u)).to(c_gate.dtype.element_ty), mask=inside)
     tl.store(c_up + out, (half * activated).to(c_up.dtype.element_ty), mask=inside)
 
 

@@ -77,6 +77,10 @@ SPEECH: dict[str, Tiny] = {
     "wavlm": Tiny(
         config=_CONVOLUTIONS | {"num_buckets": 8, "max_bucket_distance": 16}, inputs=_waves(), prepare=_frozen
     ),
+    # the decoder alone, and what it would hear
+    "causal/whisper": Tiny(
+        inputs=lambda model: {"encoder_outputs": (normal(1, 16, 32),)}, sources=("embed_positions.weight",)
+    ),
     "whisper": Tiny(
         config={"num_mel_bins": 8, "max_source_positions": 16, "classifier_proj_size": 16},
         inputs=_spectrogram(8, 32),
