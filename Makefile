@@ -6,7 +6,7 @@ WORKERS ?= 2
 # One thread for each worker: two pytest workers on two cores would otherwise start a pool of threads each.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help demo test lint docs nightly clean
+.PHONY: help demo test lint docs coverage nightly clean
 .DELETE_ON_ERROR:
 export PYTHON
 
@@ -15,6 +15,7 @@ help:
 	@echo "make test   install with the test tools, run all tests"
 	@echo "make lint   ruff, ruff format, import-linter, pyright"
 	@echo "make docs   build the documentation into site/"
+	@echo "make coverage  prove every architecture of transformers again, into docs/architectures.md and .json"
 	@echo "make nightly  what the newest torch and transformers break (PRE=1: pre-releases), in .venv-nightly"
 	@echo "make clean  remove .venv and everything built"
 
@@ -39,6 +40,10 @@ lint: $(VENV)/.has-dev
 docs: $(VENV)/.has-docs
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 	@echo "lxt: wrote site/index.html"
+
+# Goes on where it was cut off; FRESH=--fresh starts over, as after a change of the rules.
+coverage: $(VENV)/.has-coverage
+	@$(TEST_ENV) $(RUN) -m lxt coverage --workers $(WORKERS) --report docs/architectures.md $(FRESH)
 
 # Needs a Python and nothing of .venv, which is only read: .ci/nightly says how it works and what it can be told.
 nightly:
