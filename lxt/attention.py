@@ -41,9 +41,10 @@ def scaled_dot_product_attention(
         scale: as torch's.
         enable_gqa: as torch's.
     """
-    if attn_mask is not None and attn_mask.requires_grad:
+    is_scored = attn_mask is not None and attn_mask.requires_grad
+    if attn_mask is not None and is_scored:
         attn_mask = _mask_under_rule(composite, attn_mask, value)
-    query, key, value = under_rule(composite, query, key, value)
+    query, key, value = under_rule(composite, query, key, value, is_scored)
     if composite.softmax_temperature != 1 and composite.attention != "value_only":
         return _TemperedAttention.apply(
             query, key, value, attn_mask, is_causal, scale, enable_gqa, composite.softmax_temperature
@@ -56,23 +57,34 @@ def scaled_dot_product_attention(
 def _mask_under_rule(composite: Composite, mask: Tensor, value: Tensor) -> Tensor:
     if composite.attention == "value_only":
         return stop(mask)
-    return scale_gradient(mask, sum(composite.qkv[:2])) if composite.attention == "uniform" and value.requires_grad else mask
+    shares = composite.attention == "uniform" and value.requires_grad
+    return scale_gradient(mask, sum(composite.qkv[:2])) if shares else mask
 
 
-def under_rule(composite: Composite, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes into a fused attention, so that its plain gradient is the rule."""
+def under_rule(
+    composite: Composite, query: Tensor, key: Tensor, value: Tensor, is_scored: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes into a fused attention, so that its plain gradient is the rule.
+
+    Args:
+        composite: its `attention` and `qkv` apply.
+        query: as `key` and `value`, in the attention's shape.
+        is_scored: whether the scores have another summand that depends on activations.
+    """
     if composite.attention == "value_only":
         return stop(query), stop(key), value
     if composite.attention == "gradient":
         return query, key, value
-    shares = _shares(composite, query, key, value)
+    shares = _shares(composite, query, key, value, is_scored)
     query, key, value = (
         scale_gradient(x, share) if x.requires_grad else x for x, share in zip((query, key, value), shares, strict=True)
     )
     return query, key, value
 
 
-def _shares(composite: Composite, query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float, float]:
+def _shares(
+    composite: Composite, query: Tensor, key: Tensor, value: Tensor, is_scored: bool
+) -> tuple[float, float, float]:
     """The factors of query, key and value; the share of a constant, as a cross-attention may have, is its partner's."""
     q, k, v = composite.qkv
     if not value.requires_grad and q + k > 0:
@@ -81,7 +93,7 @@ def _shares(composite: Composite, query: Tensor, key: Tensor, value: Tensor) -> 
         q, k = 0.0, q + k
     elif not key.requires_grad:
         q, k = q + k, 0.0
-    return q, k, v if query.requires_grad or key.requires_grad else 1.0
+    return q, k, v if query.requires_grad or key.requires_grad or is_scored else 1.0
 
 
 class _TemperedAttention(torch.autograd.Function):

@@ -209,7 +209,7 @@ class _Rules:
             return Treatment("gradient")
         # as in the eager products: where one factor is a constant, the other takes all
         (weights, values), (queries, keys) = self._qkv()
-        weights, values = (weights if value else 1.0), (values if query or key else 1.0)
+        weights, values = (weights if value else 1.0), (values if query or key or 3 in live else 1.0)
         queries, keys = (queries if key else 1.0), (keys if query else 1.0)
         shares = (weights * queries, weights * keys, values, weights)
         return Treatment("attention", {first + edge: share for edge, share in enumerate(shares)})

@@ -119,10 +119,13 @@ def _grafted(declaration: Declaration, result: Any, value: Any) -> Any:
     if not isinstance(result, Tensor) or not isinstance(value, Tensor):
         return value
     close = torch.finfo(value.dtype).eps ** 0.5 if value.is_floating_point() else 0.0
-    scale = float(value.abs().amax()) if value.numel() else 0.0
     same = result.shape == value.shape
-    distance = float((result.detach() - value).abs().amax()) if same and value.numel() else 0.0
-    if not same or distance > close * scale:
+    scale = distance = 0.0
+    if same and value.numel():
+        scale = float(torch.where(value.isfinite(), value, 0).abs().amax())
+        equal = (result == value) | (result.isnan() & value.isnan())  # infinities have no difference
+        distance = float(torch.where(equal, 0, result.detach() - value).abs().amax())
+    if not same or not distance <= close * scale:
         found = f"differs by {distance:.2g} of at most {scale:.2g}" if same else f"has shape {tuple(result.shape)}"
         raise ValueError(
             f"the reference declared for {declaration.name} {found}, where {declaration.name} gives shape "

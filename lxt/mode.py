@@ -72,7 +72,8 @@ class RuleMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return without_dropout(func, args, kwargs)
-        self._refuse_checkpoint_of_a_function(func)
+        if (hook := checkpoint_hook()) is not None and hook is not self.recomputable:
+            raise _checkpointed(operation_name(func))
         if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
             raise (
                 compiled_inside(where()) if torch.compiler.is_compiling() else unknown_vmap(where())
@@ -90,7 +91,8 @@ class RuleMode(TorchFunctionMode):
         self, declaration: Declaration, function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A function that the user declared, under its rule; the mode is entered."""
-        self._refuse_checkpoint_of_a_function(declaration.name)
+        if (hook := checkpoint_hook()) is not None and hook is not self.recomputable:
+            raise _checkpointed(declaration.name)
         if not activations((args, kwargs)):
             return function(*args, **kwargs)
         if callable(declaration.rule):
@@ -117,16 +119,6 @@ class RuleMode(TorchFunctionMode):
             return result
 
         yield approve
-
-    def _refuse_checkpoint_of_a_function(self, func: Callable | str) -> None:
-        hook = checkpoint_hook()
-        if hook is not None and hook is not self.recomputable:
-            name = func if isinstance(func, str) else operation_name(func)
-            raise ValueError(
-                f"{name!r}{where()} runs in a function of its own that is checkpointed, which would "
-                "be recomputed without the rules; checkpoint a module instead, or use "
-                "model.gradient_checkpointing_enable()"
-            )
 
     def _resolve(self, func: Callable) -> Handler:
         name = operation_name(func)
@@ -222,6 +214,13 @@ def recomputable() -> Iterator[None]:
         mode.recomputable = before
 
 
+def _checkpointed(operation: str) -> ValueError:
+    return ValueError(
+        f"{operation!r}{where()} runs in a function of its own that is checkpointed, which would be recomputed without "
+        "the rules; checkpoint a module instead, or use model.gradient_checkpointing_enable()"
+    )
+
+
 def _outside(operation: str, parameter: nn.Parameter) -> str:
     return (
         f"{operation!r}{where()} met a trainable parameter of shape {tuple(parameter.shape)} that is not the patched "
@@ -235,4 +234,4 @@ def _run(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _keep_mark(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return copy_mark(args[0] if args else None, func(*args, **kwargs))
+    return copy_mark(args[0] if args else kwargs.get("input"), func(*args, **kwargs))

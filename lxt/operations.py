@@ -63,7 +63,8 @@ def _mark_of(value: Any) -> str | None:
 def mark(result: Any, name: str | None) -> Any:
     """`result`, with the mark `name` on it, or on each of its tensors."""
     for tensor in (result,) if isinstance(result, Tensor) else result:
-        setattr(tensor, _MARK, name)
+        if isinstance(tensor, Tensor):  # x.type() is a string
+            setattr(tensor, _MARK, name)
     return result
 
 
@@ -241,15 +242,34 @@ def _scalar_sum(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     gate = any(isinstance(x, (int, float)) and abs(x) > SMALLEST_GATE_SCALAR for x in operands[:2])
     if gate:
         return _constant(func, args, kwargs)
-    routes = len(operands) > 1 and all(_is_activation(x) and _mark_of(x) == "weights" for x in operands[:2])
-    return mark(func(*args, **kwargs), "weights") if routes else func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    return mark(result, "weights") if _mark_of(operands[0]) == "weights" and _are_weights(operands[:2]) else result
+
+
+def _are_weights(operands: Iterable[Any]) -> bool:
+    return all(_is_activation(x) and _mark_of(x) == "weights" for x in operands)
 
 
 def _scalar_sum_in_place(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, other = _positional(args, kwargs, "self", "other")[0][:2]
     if isinstance(other, (int, float)) and abs(other) > SMALLEST_GATE_SCALAR:
         return _overwrite(target, func(rules.stop(target).clone(), other, *args[2:]))
-    return mark(func(*args, **kwargs), None)
+    name = "weights" if _are_weights((target, other)) else None
+    return mark(func(*args, **kwargs), name)
+
+
+def _copy(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    source = args[1] if len(args) > 1 else kwargs.get("src")
+    return mark(func(*args, **kwargs), _mark_of(source))  # and not that of what was there
+
+
+def _set_item(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A mark stays where what comes in has it too; softmax weights written into constants are softmax weights."""
+    target, _, source = args
+    if _is_activation(source):
+        before = _mark_of(target) if _is_activation(target) else "weights"
+        mark(target, before if _mark_of(source) == before else None)
+    func(*args, **kwargs)
 
 
 def _overwrite(target: Tensor, result: Tensor) -> Tensor:
@@ -353,19 +373,9 @@ def _group_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _batch_norm(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    if func is torch.batch_norm:
-        names = (
-            "input",
-            "weight",
-            "bias",
-            "running_mean",
-            "running_var",
-            "training",
-            "momentum",
-            "eps",
-            "cudnn_enabled",
-        )
+    statistics, affine = ("running_mean", "running_var"), ("weight", "bias")
+    first = (*affine, *statistics) if func is torch.batch_norm else (*statistics, *affine)
+    names = ("input", *first, "training", "momentum", "eps", "cudnn_enabled")
     named = dict(zip(names, args, strict=False)) | kwargs
     if named.get("training"):
         if composite.norm == "gradient":
@@ -496,6 +506,7 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
     if composite.product != "gradient":
         use(("add_", "__iadd__", "sub_", "__isub__"), _scalar_sum_in_place)
     use(opnames.WEIGHT_KEEPING, _keep_weights)
+    table |= {"copy_": _copy, "__setitem__": _set_item}
     table = {name: _only_activations(handler) for name, handler in table.items()}
     use(opnames.DROPOUTS, _no_dropout)
     return table

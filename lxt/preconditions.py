@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
 
 from lxt.interfaces import SEEN_BY_THE_MODE, uses_interface
-from lxt.opnames import BOUNDS, BY_RATIO, CLOSED_FORMS, MATRIX_PRODUCTS, SOFTMAX
+from lxt.opnames import (
+    BOUNDS,
+    BY_RATIO,
+    CLOSED_FORMS,
+    DIVISIONS,
+    MATRIX_PRODUCTS,
+    POWERS,
+    PRODUCTS,
+    SOFTMAX,
+    SUMS_OF_PRODUCT,
+)
 
 __all__ = ["attention_names", "refuse_missing_weights", "refuse_virtual_tokens", "refuse_what_has_no_rule"]
 
@@ -17,6 +28,8 @@ _OF_ACTIVATIONS = (
     | {"gelu", "sigmoid", "softplus", "exp", "glu", "layer_norm", "rms_norm", "group_norm", "linear", "rsqrt"}
     | {"scaled_dot_product_attention"}
 )  # fmt: skip
+_OF_NUMBERS_TOO = PRODUCTS | DIVISIONS | SUMS_OF_PRODUCT | POWERS | {"square"}
+_STEPS = frozenset("ceil floor round trunc sign sgn".split())  # what follows has no gradient
 
 
 def refuse_what_has_no_rule(model: nn.Module) -> None:
@@ -73,15 +86,22 @@ def _refuse_what_the_mode_cannot_see(model: nn.Module) -> None:
 
 
 def _hides_a_rule(function: object) -> bool:
-    """Whether it is TorchScript with an operation that only activations meet: DeBERTa's, of positions, is fine."""
-    if not isinstance(function, torch.jit.ScriptFunction):
-        return False
-    todo = list(function.inlined_graph.nodes())  # pyright: ignore[reportAttributeAccessIssue]
-    while todo:
-        node = todo.pop()
-        if node.kind().removeprefix("aten::").rstrip("_") in _OF_ACTIVATIONS:
+    """Whether it is TorchScript with an operation that has a rule: DeBERTa's, of positions, is fine."""
+    return isinstance(function, torch.jit.ScriptFunction) and _has_rule_inside(function.inlined_graph, set())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _has_rule_inside(block: Any, constant: set[str]) -> bool:
+    for node in block.nodes():
+        name = node.kind().removeprefix("aten::").rstrip("_")
+        active = [x.debugName() for x in node.inputs() if x.type().isSubtypeOf(torch._C.TensorType.get())]
+        active = [value for value in active if value not in constant]
+        factors = 1 if name in POWERS or name == "square" else 2
+        if name in _OF_ACTIVATIONS or (name in _OF_NUMBERS_TOO and len(active) >= factors):
             return True
-        todo += [inner for block in node.blocks() for inner in block.nodes()]
+        if any(_has_rule_inside(inner, constant) for inner in node.blocks()):
+            return True
+        if name in _STEPS or (not active and node.kind().startswith("aten::")):
+            constant.update(value.debugName() for value in node.outputs())
     return False
 
 

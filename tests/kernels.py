@@ -12,7 +12,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICE", "DTYPES", "INTERPRETED", "LAYOUTS", "assert_close", "coefficients", "far_apart", "poisoned", "step"]
+__all__ = [
+    "DEVICE",
+    "DTYPES",
+    "INTERPRETED",
+    "LAYOUTS",
+    "assert_close",
+    "coefficients",
+    "far_apart",
+    "poisoned",
+    "step",
+]
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"

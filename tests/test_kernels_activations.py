@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -167,7 +168,8 @@ def test_gated_product_of_mixed_dtypes():
     gate = torch.randn(3, 5, device=DEVICE).half()
     up = torch.randn(3, 5, device=DEVICE)
     for exact in (True, False):
-        y, found, c_y = coefficients(lambda g, u: gated_product(g, u, F.silu, "silu", False, exact), gate, up)
+        run = partial(gated_product, activation=F.silu, coefficient="silu", exact=exact)
+        y, found, c_y = coefficients(run, gate, up)
         twin, expected, _ = coefficients(lambda g, u: rules.gated_product(g, u, F.silu, "silu"), gate, up, c_y=c_y)
         assert_close(y, twin, 2**-10)
         for a, b in zip(found, expected, strict=True):

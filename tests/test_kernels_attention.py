@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernels import DEVICE, DTYPES, INTERPRETED, assert_close, coefficients, poisoned, step
+from kernels import DEVICE, DTYPES, INTERPRETED, assert_close, coefficients, far_apart, poisoned, step
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from lxt import rules
 from lxt.triton_kernels.rotary import TOKENS, rotary
-from lxt.triton_kernels.value_attention import tile, value_attention
+from lxt.triton_kernels.value_attention import value_attention
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +24,14 @@ def _eager_twins(monkeypatch):
 
 
 def tensors(
-    dtype: torch.dtype = torch.float32, queries: int = 5, keys: int = 5, heads: int = 2, group: int = 1, width: int = 16, v_width: int = 0
-) -> list[Tensor]:  # fmt: skip
+    dtype: torch.dtype = torch.float32,
+    queries: int = 5,
+    keys: int = 5,
+    heads: int = 2,
+    group: int = 1,
+    width: int = 16,
+    v_width: int = 0,
+) -> list[Tensor]:
     shapes = [
         (2, heads * group, queries, width),
         (2, heads, keys, width),
@@ -145,6 +151,17 @@ def test_masks(kind, shape):
         assert_value_gradient(c_v, *exact(q, k, c_out, allowed, bias))
 
 
+def test_tokens_far_apart():
+    # Of the queries, then of the keys, 2^30 numbers: the fourth one's place does not fit 32 bits.
+    for far in (0, 1):
+        q, k, v, c_out = (x[:1, :1] for x in tensors(torch.float16, 4, 4, heads=1))
+        parts = [q, k]
+        parts[far] = far_apart(16)[None, None].copy_(parts[far])
+        v.requires_grad_()
+        (c_v,) = torch.autograd.grad(value_attention(*parts, v, is_causal=True), v, c_out)
+        assert_value_gradient(c_v, *exact(q, k, c_out, causal(4, 4)))
+
+
 def test_a_query_that_sees_nothing_gives_nothing():
     q, k, v, c_out = tensors()
     allowed = torch.ones(5, 5, dtype=torch.bool, device=DEVICE)
@@ -176,12 +193,6 @@ def test_layouts_of_models_and_empty_tensors():
     _, (_, _, c_v), _ = coefficients(partial(value_attention, is_causal=True), q[:0], k[:0], v[:0], c_y=c_out[:0])
     assert c_v is not None
     assert c_v.shape == v[:0].shape
-
-
-def test_tiles_hold_every_head_dimension():
-    for itemsize in (2, 4):
-        for width in (16, 32, 64, 128, 256):
-            assert tile(width, itemsize).keys() == {"QUERIES", "KEYS", "num_stages"}
 
 
 def angles(batch: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from kernels import DEVICE, DTYPES, INTERPRETED, LAYOUTS, assert_close, coefficients, far_apart, step
@@ -26,11 +29,11 @@ def _eager_twins(monkeypatch):
     monkeypatch.setenv("LXT_KERNELS", "off")
 
 
-def grown(function):
-    """`coefficients` of rows far apart; memory is not poisoned, which would touch what lies between them."""
+def grown(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output and c of rows far apart; memory is not poisoned, which would touch what lies between them."""
     x = far_apart(20).requires_grad_()
     y = function(x)
-    return y.detach(), torch.autograd.grad(y, x, far_apart(20)), None
+    return y.detach(), torch.autograd.grad(y, x, far_apart(20))
 
 
 def rounding(dtype: torch.dtype, times: int) -> float:
@@ -150,10 +153,10 @@ def test_relevance(layout, dtype, hidden, groups):
 def test_rows_far_apart():
     weight = torch.ones(20, device=DEVICE).half()
     for exact in (True, False):
-        y, (c,), _ = grown(lambda x: rms_norm(x, weight, EPS, "llama", exact))
+        y, (c,) = grown(partial(rms_norm, weight=weight, eps=EPS, exact=exact))
         assert_close(y, torch.ones_like(y), 2**-9)
         assert_close(c, torch.ones_like(c), 2**-9)
-    _, (c,), _ = grown(lambda x: layer_norm(x, (20,), weight))
+    _, (c,) = grown(partial(layer_norm, normalized_shape=(20,), weight=weight))
     assert torch.equal(c, torch.zeros_like(c))
     x = far_apart(20)
     assert torch.equal(relevance(x, far_apart(20), 4), torch.full((4, 4), 5.0, device=DEVICE))

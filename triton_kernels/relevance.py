@@ -20,10 +20,11 @@ __all__ = ["relevance"]
 @triton.jit
 def sum_kernel(out, x, c_x, x_stride, c_stride, count, groups, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Group g of `count` is part g % groups of row g // groups."""
-    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits: a division of 64 costs registers
     exists = group < count
-    x_start = x + group // groups * x_stride + group % groups * width
-    c_start = c_x + group // groups * c_stride + group % groups * width
+    row = (group // groups).to(tl.int64)
+    x_start = x + row * x_stride + group % groups * width
+    c_start = c_x + row * c_stride + group % groups * width
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, width, BLOCK):
         i = start + tl.arange(0, BLOCK)

@@ -31,17 +31,20 @@ from lxt.triton_kernels.launch import launch
 __all__ = ["tile", "value_attention"]
 
 
-def tile(width: int, itemsize: int) -> dict[str, int]:
-    """Queries and keys of a program's tile, and how many loads run ahead, by the larger padded head dimension.
+def tile(width: int, itemsize: int) -> tuple[dict[str, int], int]:
+    """Queries and keys of a program's tile and how many loads run ahead, and its warps.
 
-    The largest that keep the accumulators in registers without spills on sm_80, sm_90 and sm_100, and the shared memory
-    below the 99 KiB of the small chips of sm_86 and sm_89 (tests/bench/kernels.py); their speed was not measured.
+    One choice for each size and no autotuning, whose choices would change a sum's order from run to run. They are large
+    tiles that spill no register on sm_80, sm_90 and sm_100 and need less than the 99 KiB of shared memory of sm_86 and
+    sm_89 (tests/bench/kernels.py). Speed was not measured.
+
+    Args:
+        width: the larger padded head dimension.
+        itemsize: bytes of a number.
     """
     if itemsize == 4:
-        return {"QUERIES": 32 if width <= 128 else 16, "KEYS": 32, "num_stages": 1 if width > 64 else 2}
-    if width <= 128:
-        return {"QUERIES": 64, "KEYS": 64, "num_stages": 2}
-    return {"QUERIES": 32, "KEYS": 64, "num_stages": 2}
+        return {"QUERIES": 32 if width <= 64 else 16, "KEYS": 32, "num_stages": 2}, 8
+    return {"QUERIES": 64 if width <= 128 else 32, "KEYS": 64, "num_stages": 2}, 4 if width <= 64 else 8
 
 
 @triton.jit
@@ -333,27 +336,49 @@ def _write_gradient(
         bias = mask.expand(batch, heads, queries, keys)
         strides = bias.stride()
     block, v_block = (max(triton.next_power_of_2(size), 16) for size in (width, v_width))
+    sizes, warps = tile(max(block, v_block), query.element_size())
     constants = {
         "GROUP": heads // v_heads,
         "MASK": kind,
         "CAUSAL": is_causal,
         "INTERPRETED": triton.knobs.runtime.interpret,
         "BLOCK": block,
-        **tile(max(block, v_block), query.element_size()),
+        **sizes,
     }
     q, k, v, o = (x.stride()[:3] for x in (query, key, c_value, c_out))
-    sizes = [heads, queries, keys, width]
     launch(
         statistics_kernel,
         [triton.cdiv(queries, constants["QUERIES"]) * batch * heads],
-        [maximum, inverse, query, key, bias, *q, *k, *strides, *sizes, scale, window],
+        [maximum, inverse, query, key, bias, *q, *k, *strides, heads, queries, keys, width, scale, window],
         constants,
+        warps,
     )
     launch(
         value_kernel,
         [triton.cdiv(keys, constants["KEYS"]) * batch * v_heads],
-        [c_value, c_out, query, key, bias, maximum, inverse, *v, *o, *q, *k, *strides, *sizes, v_width, scale, window],
+        [
+            c_value,
+            c_out,
+            query,
+            key,
+            bias,
+            maximum,
+            inverse,
+            *v,
+            *o,
+            *q,
+            *k,
+            *strides,
+            heads,
+            queries,
+            keys,
+            width,
+            v_width,
+            scale,
+            window,
+        ],
         constants | {"V_BLOCK": v_block},
+        warps,
     )
 
 

@@ -3,7 +3,7 @@
     python tests/bench/kernels.py [--targets 80 90 100] [--json FILE] [--only NAME]
 
 Each case calls the kernel's public function, and its backward, on small CPU tensors. What it would launch is compiled
-instead, specialised as Triton specialises for these arguments (sizes and strides that 16 divides, arguments equal to 1).
+instead, specialised as Triton specialises for these arguments (sizes and strides that 16 divides, arguments of 1).
 Says nothing about speed. Fails if a kernel spills registers or needs more shared memory than GPUs of that target have.
 """
 
@@ -135,7 +135,13 @@ def backward(function: Callable[..., Tensor], *inputs: Tensor) -> None:
     y.backward(torch.ones_like(y))
 
 
-def attention(width: int, dtype: torch.dtype, attn_mask: Tensor | None = None, is_causal: bool | None = None, window: int | None = None) -> None:  # fmt: skip
+def attention(
+    width: int,
+    dtype: torch.dtype,
+    attn_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+    window: int | None = None,
+) -> None:
     """32 query heads on 8 of keys and values, [batch, token, head, d_head] in memory."""
     query = numbers(1, 16, 32, width, dtype).transpose(1, 2)
     key, value = (numbers(1, 16, 8, width, dtype).transpose(1, 2) for _ in range(2))
@@ -208,11 +214,13 @@ def compiled(name: str, case: Callable[[], Any], targets: list[int]) -> Iterator
 
 
 def widest_load(ptx: str) -> int:
-    """In 32-bit words; cp.async, which loads ahead into shared memory, counts its bytes, and tma 32."""
+    """In 32-bit words; cp.async, which loads ahead into shared memory, counts its bytes."""
     words = [
         int(vector or 1) * int(bits) / 32 for vector, bits in re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
     ]
-    words += [int(size, 0) / 4 for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;\s]", ptx)]
+    words += [
+        int(size, 0) / 4 for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;\s]", ptx)
+    ]
     return int(max(words, default=0))
 
 
@@ -225,7 +233,9 @@ def main() -> None:
     chosen = {name: case for name, case in cases().items() if options.only in name}
     if not chosen:
         parser.error(f"no case holds {options.only!r}; there are {', '.join(cases())}")
-    print(f"triton {triton.__version__}; registers per thread / bytes spilled / bytes of shared memory / words per load")
+    print(
+        f"triton {triton.__version__}; registers per thread / bytes spilled / bytes of shared memory / words per load"
+    )
     print("| case | kernel | " + " | ".join(f"sm_{target}" for target in options.targets) + " |")
     print("|---|---|" + "---|" * len(options.targets))
     found: list[Compiled] = []
