@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lxt.coefficients import wide
 from lxt.composites import Composite
-from lxt.rules import scale_gradient, stop, tempered_softmax
+from lxt.rules import scale_gradient, stop, tempered_softmax, value_attention
 
 __all__ = ["scaled_dot_product_attention", "under_rule"]
 
@@ -41,11 +41,13 @@ def scaled_dot_product_attention(
         scale: as torch's.
         enable_gqa: as torch's.
     """
+    if composite.attention == "value_only":
+        return value_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     is_scored = attn_mask is not None and attn_mask.requires_grad
     if attn_mask is not None and is_scored:
         attn_mask = _mask_under_rule(composite, attn_mask, value)
     query, key, value = under_rule(composite, query, key, value, is_scored)
-    if composite.softmax_temperature != 1 and composite.attention != "value_only":
+    if composite.softmax_temperature != 1:
         return _TemperedAttention.apply(
             query, key, value, attn_mask, is_causal, scale, enable_gqa, composite.softmax_temperature
         )
@@ -55,8 +57,6 @@ def scaled_dot_product_attention(
 
 
 def _mask_under_rule(composite: Composite, mask: Tensor, value: Tensor) -> Tensor:
-    if composite.attention == "value_only":
-        return stop(mask)
     shares = composite.attention == "uniform" and value.requires_grad
     return scale_gradient(mask, sum(composite.qkv[:2])) if shares else mask
 

@@ -42,10 +42,10 @@ LINEAR = _WEIGHT_CARRIERS | frozenset(
         IndexAdd IndexCopy IndexFill IndexPutImpl Kthvalue MaskedScatter Max MaxPool2D
         MaxPool2DWithIndices MaxPool3DWithIndices MaxUnpool2D MaxUnpool3D Maximum Mean Median Min Minimum Mode Nansum
         NegView PackPaddedSequence PixelShuffle PixelUnshuffle Put ReflectionPad1D ReflectionPad2D ReflectionPad3D
-        ReplicationPad1D ReplicationPad2D ReplicationPad3D Rot90 Rsub ScatterAdd ScatterReduce SelectScatter SliceScatter Sub
-        ToDense Trace UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D
-        UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D
-        UpsampleNearestExact3D UpsampleTrilinear3D""".split()
+        ReplicationPad1D ReplicationPad2D ReplicationPad3D Rot90 Rsub ScatterAdd ScatterReduce SelectScatter
+        SliceScatter Sub ToDense Trace UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa
+        UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D
+        UpsampleNearestExact2D UpsampleNearestExact3D UpsampleTrilinear3D""".split()
 )
 # Edges that are factors of one product; an edge before them is a summand.
 PRODUCTS = {name: (0, 1) for name in "Bmm Convolution Dot GroupedMm LinalgCross Linear Mm Mul Mv Vdot".split()}
@@ -55,12 +55,12 @@ SOFTMAX = frozenset({"LogSoftmax", "MaskedSoftmax", "SafeSoftmax", "Softmax", "X
 SOFT = frozenset({"Exp", "LogSigmoid", "Sigmoid", "Softplus"})  # attention weights in some models, gates in others
 STATISTICS = frozenset({"LinalgVectorNorm", "Norm", "Reciprocal", "Rsqrt", "Sqrt", "Std", "Var"})
 CONSTANT = frozenset(
-    """Ceil Cos Cosh Cumprod Erfc Exp2 Floor Hardsigmoid LinalgInvEx LinalgPinv Log Log10 Log1P Log2 Logcumsumexp Logsumexp
-    Prod Round Sgn Sign Sin Trunc""".split()
+    """Ceil Cos Cosh Cumprod Erfc Exp2 Floor Hardsigmoid LinalgInvEx LinalgPinv Log Log10 Log2 Logaddexp Logcumsumexp
+    Logsumexp Prod Round Sgn Sign Sin Trunc""".split()
 )
 HOMOGENEOUS = frozenset({"Abs", "Hardshrink", "LeakyRelu", "PreluKernel", "Relu", "RreluWithNoise", "Threshold"})
 ACTIVATIONS = HOMOGENEOUS | frozenset(
-    """Asin Asinh Atan Atanh Celu Clamp ClampMax ClampMin Elu Erf Expm1 Gelu Hardswish Hardtanh Mish Silu Sinh
+    """Asin Asinh Atan Atanh Celu Clamp ClampMax ClampMin Elu Erf Expm1 Gelu Hardswish Hardtanh Log1P Mish Silu Sinh
     Softshrink Tan Tanh GeLUFunctionBackward""".split()
 )
 FUNCTIONS = frozenset({"GeLUFunctionBackward"})  # activations that a model brings its own autograd function for

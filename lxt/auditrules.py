@@ -169,7 +169,7 @@ class _Rules:
         return Treatment("uniform", dict.fromkeys(live, 1 / len(live)))
 
     def _origin(self, slot: Slot) -> Node:
-        """Where a factor comes from, behind what the rules have made constant factors, and powers."""
+        """Where a factor comes from, behind what the rules have made constant factors, powers and bounds."""
         while True:
             slot = self.graph.origin(slot)
             live = [
@@ -179,7 +179,8 @@ class _Rules:
             ]
             scaled = kind(slot[0]) in {"Mul", "Div"} and slot[0] not in self.graph.activations
             power = kind(slot[0]) == "Pow" and not self.graph.is_statistic(slot[0])
-            if len(live) != 1 or not (scaled or power):
+            bounded = kind(slot[0]) in {"Clamp", "ClampMax", "ClampMin"}
+            if len(live) != 1 or not (scaled or power or bounded):
                 return slot[0]
             slot = live[0]
 
@@ -221,9 +222,17 @@ class _Rules:
         return Treatment("gradient") if field == "gradient" else Treatment("constant", _all_edges(node, 0.0))
 
     def _activation(self, node: Node) -> Treatment:
+        if self._is_shifted(node):
+            return Treatment("constant", _all_edges(node, 0.0))
         if self.composite.activation == "gradient" or kind(node) in HOMOGENEOUS:  # there f'(x) is f(x)/x
             return Treatment(self.composite.activation)
         return Treatment("identity", replace=lambda gradient: times(gradient, slope(node, self.graph.input_of(node))))
+
+    def _is_shifted(self, node: Node) -> bool:
+        """Whether a function is applied to an activation plus a number, and so isn't 0 where the activation is."""
+        bound = kind(node) in {"Clamp", "ClampMax", "ClampMin"}
+        shifted = self.graph.is_scalar_sum(self._origin(self.graph.edges(node)[0]))
+        return shifted and not bound and self.composite.product != "gradient"
 
     def _written_activation(self, node: Node) -> Treatment:
         """For x * g(x), g element-wise, f(x)/x is g(x), which is the product's own gradient with g a constant."""
@@ -243,8 +252,10 @@ class _Rules:
         exponent = getattr(node, "_saved_exponent", None)
         if self.composite.product == "gradient":
             return Treatment("gradient")
-        if exponent is None or self.graph.is_statistic(node) or 1 in dict(self.graph.operands(node)):
-            # a number to the power of an activation, a power below 1, a power that is an activation
+        constant = self._is_shifted(node) or self.graph.is_statistic(node)
+        of_number = exponent is None or isinstance(getattr(node, "_saved_self", None), (int, float))
+        if of_number or constant or 1 in dict(self.graph.operands(node)):
+            # a number to the power of an activation, a power below 1 or of a shifted sum, a power that is an activation
             return Treatment("constant", _all_edges(node, 0.0))
         if isinstance(exponent, Tensor) and exponent.numel() > 1:
             return Treatment("unknown", known=False)

@@ -24,7 +24,7 @@ from lxt.attention import under_rule
 from lxt.coefficients import wide
 from lxt.composites import Composite
 from lxt.declarations import Declaration
-from lxt.operations import activations, copy_mark, mark
+from lxt.marks import activations, copy_mark, mark
 from lxt.rules import scale_gradient, stop
 
 __all__ = ["apply", "stand_in"]

@@ -6,8 +6,8 @@ LXT_KERNELS in the environment says how far kernels may go:
     fast              also forwards that add in another order than torch or take another exp: the logits then differ
                       from the unpatched model's by their rounding
     off               no kernels
-Without triton, or on a GPU older than those that the kernels are compiled for in the tests, rules run eagerly. A kernel
-that fails raises: a silent second try would hide it.
+Without triton, with one older than 3.6 (3.4 can't compile a kernel) or on a GPU older than Ampere, rules run eagerly. A
+kernel that fails raises: a silent second try would hide it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = ["form", "kernel"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 would lose digits: kernels add in float32
 CAPABILITY = (8, 0)  # Ampere: the oldest with bfloat16, and that tests compile for
+TRITON = (3, 6)
 INEXACT_FORWARDS = ("gated_product", "rms_norm")
 _NAMES = {coefficient: name for name, coefficient in COEFFICIENTS.items()}
 
@@ -70,7 +71,10 @@ def _mode() -> str:
 def _runs_kernels(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= CAPABILITY
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version >= TRITON and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lxt import rules
 from lxt.coefficients import wide
 from lxt.inputs import Model
 from lxt.patchmap import PatchMap
@@ -91,14 +92,16 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        dtype = wide(x.dtype)
-        relevance = (x.detach().to(dtype) * gradient.detach().to(dtype)).reshape(*ctx.shape, -1)
+        activation, c_x = (tensor.detach().reshape(*ctx.shape, -1) for tensor in (x, gradient))
         if ctx.site.latent == "residual":
-            relevance = relevance.sum(-1)
+            relevance = rules.relevance(activation, c_x)
         elif ctx.site.latent == "head":
-            relevance = relevance.unflatten(-1, (ctx.site.heads, -1)).sum(-1)
+            relevance = rules.relevance(activation, c_x, ctx.site.heads)
         else:
-            relevance = relevance.cpu()  # layers × tokens × neurons is large: it does not wait on the device
+            dtype = wide(x.dtype)
+            relevance = (
+                activation.to(dtype) * c_x.to(dtype)
+            ).cpu()  # layers × tokens × neurons is large: it does not wait on the device
         ctx.sink.write(ctx.site, ctx.owner, relevance)
         return gradient, None, None, None, None
 

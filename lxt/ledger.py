@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lxt.composites import Composite, Epsilon
 from lxt.declarations import Declaration
+from lxt.marks import copy_mark
 from lxt.mode import RuleMode
-from lxt.operations import copy_mark
 from lxt.opnames import LINEAR_LAYERS, SOFTMAX, operation_name
 
 __all__ = ["Ledger"]

@@ -28,7 +28,8 @@ from lxt.composites import Composite
 from lxt.declarations import Declaration, declared_operations
 from lxt.declared_rules import apply, stand_in
 from lxt.entering import enter
-from lxt.operations import Handler, activations, copy_mark, handlers, without_dropout
+from lxt.marks import activations, copy_mark
+from lxt.operations import Handler, handlers, without_dropout
 from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
 from lxt.unknown import UnknownOperation, unknown_operation, unknown_vmap, where
 

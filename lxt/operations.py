@@ -1,12 +1,12 @@
 """One handler per kind of operation, and the table of all handlers for a composite.
 
-A handler is called as handler(func, args, kwargs) in place of func(*args, **kwargs), with gradients on. Two marks
-ride on tensors: "gate", the output of an activation function, and "weights", the output of a softmax.
+A handler is called as handler(func, args, kwargs) in place of func(*args, **kwargs), with gradients on; marks are
+those of lxt.marks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,33 +18,14 @@ from lxt import linear_rules, opnames, rules
 from lxt.attention import scaled_dot_product_attention
 from lxt.coefficients import ratio
 from lxt.composites import Composite, Epsilon, Gamma
+from lxt.marks import activations, copy_mark, is_activation, mark, mark_of
+from lxt.shifted import constant_if_shifted, shifted_is_constant
 
-__all__ = ["Handler", "activations", "copy_mark", "handlers", "mark", "without_dropout"]
+__all__ = ["Handler", "handlers", "without_dropout"]
 
 Handler = Callable[[Callable, tuple[Any, ...], dict[str, Any]], Any]
 
-_MARK = "_lxt_mark"
 SMALLEST_GATE_SCALAR = 1e-2  # a larger Python scalar added to an activation makes a gate; a smaller one is an epsilon
-
-
-def activations(value: Any) -> list[Tensor]:
-    """The tensors that require grad in nested tuples, lists and dicts, in order."""
-    return list(_walk(value))
-
-
-def _walk(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _walk(item)
-    elif isinstance(value, dict):
-        yield from _walk(tuple(value.values()))
-
-
-def _is_activation(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _stop_all(value: Any) -> Any:
@@ -54,24 +35,6 @@ def _stop_all(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)([_stop_all(item) for item in value])
     return {key: _stop_all(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _mark_of(value: Any) -> str | None:
-    return getattr(value, _MARK, None)
-
-
-def mark(result: Any, name: str | None) -> Any:
-    """`result`, with the mark `name` on it, or on each of its tensors."""
-    for tensor in (result,) if isinstance(result, Tensor) else result:
-        if isinstance(tensor, Tensor):  # x.type() is a string
-            setattr(tensor, _MARK, name)
-    return result
-
-
-def copy_mark(source: Any, result: Any) -> Any:
-    """`result`, with the mark of `source`, if it has one."""
-    name = _mark_of(source)
-    return result if name is None else mark(result, name)
 
 
 def _positional(args: tuple[Any, ...], kwargs: dict[str, Any], *slots: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -109,16 +72,16 @@ def _shared(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def _product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     (a, b), kwargs = _positional(args, kwargs, "input self", "other")
     args = (a, b)
-    if not (_is_activation(a) and _is_activation(b)):
-        return copy_mark(a if _is_activation(a) else b, func(*args, **kwargs))
-    if composite.softmax_temperature != 1 and "weights" in (_mark_of(a), _mark_of(b)):
+    if not (is_activation(a) and is_activation(b)):
+        return copy_mark(a if is_activation(a) else b, func(*args, **kwargs))
+    if composite.softmax_temperature != 1 and "weights" in (mark_of(a), mark_of(b)):
         raise ValueError(
             f"Composite(softmax_temperature={composite.softmax_temperature}) is for attention, but a softmax met an "
             "element-wise product, as a router's does, and its backward can't be told from attention's; use 1.0"
         )
     for stops, name in ((composite.router == "stop", "weights"), (composite.product == "stop_gate", "gate")):
-        if stops and (_mark_of(a) == name) != (_mark_of(b) == name):
-            return func(rules.stop(a), b) if _mark_of(a) == name else func(a, rules.stop(b))
+        if stops and (mark_of(a) == name) != (mark_of(b) == name):
+            return func(rules.stop(a), b) if mark_of(a) == name else func(a, rules.stop(b))
     return rules.scale_gradient(func(*args, **kwargs), 0.5)
 
 
@@ -134,10 +97,10 @@ def _pair(composite: Composite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             f"Composite(qkv={composite.qkv}) with different factors for query and key can't reach attention that is "
             'written out as matrix products; use model.set_attn_implementation("sdpa"), or equal factors'
         )
-    if "weights" not in (_mark_of(a), _mark_of(b)):
+    if "weights" not in (mark_of(a), mark_of(b)):
         return rules.scale_gradient(a, 0.5), rules.scale_gradient(b, 0.5)
     # q k^T gives both one half; the rest of their factor goes on the weights.
-    first, second = (2 * query if _mark_of(x) == "weights" else value for x in (a, b))
+    first, second = (2 * query if mark_of(x) == "weights" else value for x in (a, b))
     return rules.scale_gradient(a, first), rules.scale_gradient(b, second)
 
 
@@ -145,7 +108,7 @@ def _matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...],
     if len(args) == 2 and isinstance(args[1], (list, tuple)):  # einsum(equation, operands)
         args = (args[0], *args[1])
     factors = activations((args, kwargs))
-    if len(factors) == 1 and composite.linear != Epsilon() and "weights" not in map(_mark_of, args):
+    if len(factors) == 1 and composite.linear != Epsilon() and "weights" not in map(mark_of, args):
         return linear_rules.learned_product(func, args, kwargs, composite.linear)
     if composite.attention == "gradient":
         return func(*args, **kwargs)
@@ -171,10 +134,10 @@ _SUM_OPERANDS = ("input self", "mat1 batch1 tensor1 vec1 mat", "mat2 batch2 tens
 def _sum_of_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     (summand, a, b, *rest), kwargs = _positional(args, kwargs, *_SUM_OPERANDS)
     pointwise = opnames.operation_name(func).startswith("addcmul")
-    if composite.linear != Epsilon() and not pointwise and _is_activation(a) != _is_activation(b):
-        if "weights" not in (_mark_of(a), _mark_of(b)):
+    if composite.linear != Epsilon() and not pointwise and is_activation(a) != is_activation(b):
+        if "weights" not in (mark_of(a), mark_of(b)):
             return linear_rules.sum_of_product(func, (summand, a, b, *rest), kwargs, composite.linear)
-    if _is_activation(a) and _is_activation(b):
+    if is_activation(a) and is_activation(b):
         if not pointwise:
             a, b = _pair(composite, a, b)
         elif composite.product != "gradient":
@@ -186,8 +149,8 @@ def _linear_layer(
     composite: Composite, rule: Epsilon | Gamma, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     (x, weight, *rest), kwargs = _positional(args, kwargs, "input", "weight", "bias")
-    if _is_activation(weight):
-        x, weight = _pair(composite, x, weight) if _is_activation(x) else (x, weight)
+    if is_activation(weight):
+        x, weight = _pair(composite, x, weight) if is_activation(x) else (x, weight)
         return func(x, weight, *rest, **kwargs)
     if rule == Epsilon():
         return linear_rules.with_gradient(func(x, weight, *rest, **kwargs), weight)
@@ -199,7 +162,7 @@ def _linear_layer(
 
 def _keep_weights(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What is put together of softmax weights alone is softmax weights."""
-    weights = {_mark_of(operand) for operand in activations((args, kwargs))} == {"weights"}
+    weights = {mark_of(operand) for operand in activations((args, kwargs))} == {"weights"}
     result = func(*args, **kwargs)
     return mark(result, "weights") if weights else result
 
@@ -219,7 +182,7 @@ def _power(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: 
     base, exponent = _positional(args, kwargs, "input self", "exponent")[0]
     if isinstance(exponent, Tensor) and exponent.dim() == 0 and not exponent.requires_grad:
         exponent = exponent.item()
-    if not _is_activation(base) or not isinstance(exponent, (int, float)) or exponent < 1:
+    if not is_activation(base) or not isinstance(exponent, (int, float)) or exponent < 1:
         return _constant(func, args, kwargs)
     share = 1.0 if _ends_activation(composite, base) else 1 / float(exponent)
     return copy_mark(base, rules.scale_gradient(func(*args, **kwargs), share))
@@ -233,42 +196,42 @@ def _square(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs:
 
 def _ends_activation(composite: Composite, base: Tensor) -> bool:
     """Whether a power belongs to an activation function, as in relu(x)^2, that is differentiated as a whole."""
-    return composite.activation == "gradient" and _mark_of(base) == "gate"
+    return composite.activation == "gradient" and mark_of(base) == "gate"
 
 
 def _scalar_sum(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A Python scalar added to an activation absorbs relevance: the sum is a gate, a constant."""
+    """A Python scalar added to an activation makes a gate where the sum is a factor: see lxt.shifted."""
     operands = _positional(args, kwargs, "input self", "other")[0]
     gate = any(isinstance(x, (int, float)) and abs(x) > SMALLEST_GATE_SCALAR for x in operands[:2])
     if gate:
-        return _constant(func, args, kwargs)
+        return mark(func(*args, **kwargs), "shifted")
     result = func(*args, **kwargs)
-    return mark(result, "weights") if _mark_of(operands[0]) == "weights" and _are_weights(operands[:2]) else result
+    return mark(result, "weights") if mark_of(operands[0]) == "weights" and _are_weights(operands[:2]) else result
 
 
 def _are_weights(operands: Iterable[Any]) -> bool:
-    return all(_is_activation(x) and _mark_of(x) == "weights" for x in operands)
+    return all(is_activation(x) and mark_of(x) == "weights" for x in operands)
 
 
 def _scalar_sum_in_place(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, other = _positional(args, kwargs, "self", "other")[0][:2]
     if isinstance(other, (int, float)) and abs(other) > SMALLEST_GATE_SCALAR:
-        return _overwrite(target, func(rules.stop(target).clone(), other, *args[2:]))
+        return mark(func(*args, **kwargs), "shifted")
     name = "weights" if _are_weights((target, other)) else None
     return mark(func(*args, **kwargs), name)
 
 
 def _copy(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source = args[1] if len(args) > 1 else kwargs.get("src")
-    return mark(func(*args, **kwargs), _mark_of(source))  # and not that of what was there
+    return mark(func(*args, **kwargs), mark_of(source))  # and not that of what was there
 
 
 def _set_item(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A mark stays where what comes in has it too; softmax weights written into constants are softmax weights."""
     target, _, source = args
-    if _is_activation(source):
-        before = _mark_of(target) if _is_activation(target) else "weights"
-        mark(target, before if _mark_of(source) == before else None)
+    if is_activation(source):
+        before = mark_of(target) if is_activation(target) else "weights"
+        mark(target, before if mark_of(source) == before else None)
     func(*args, **kwargs)
 
 
@@ -276,7 +239,7 @@ def _overwrite(target: Tensor, result: Tensor) -> Tensor:
     """`result` in the memory of `target`; a constant leaves no activation behind."""
     if not result.requires_grad and target.requires_grad and not target._is_view():
         target.detach_()
-    return mark(target.copy_(result), _mark_of(result))
+    return mark(target.copy_(result), mark_of(result))
 
 
 def _gelu(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -310,7 +273,7 @@ def _by_ratio(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         base = x.clone() if kwargs.get("inplace") else x
         result = rules.identity(base, function, lambda x: ratio(function(x.to(dtype)).to(x.dtype), x, slope))
         # a bound is not an activation: models clamp gate and up alike
-        mark(result, _mark_of(x) if opnames.operation_name(func) in opnames.BOUNDS else "gate")
+        mark(result, mark_of(x) if opnames.operation_name(func) in opnames.BOUNDS else "gate")
     return _overwrite(x, result) if kwargs.get("inplace") else result
 
 
@@ -352,7 +315,7 @@ def _layer_norm(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _refuse_active_weights(operation: str, weights: Iterable[Any]) -> None:
-    if any(map(_is_activation, weights)):
+    if any(map(is_activation, weights)):
         raise ValueError(
             f"{operation} got a weight or bias that depends on the input, which its rule does not share with; apply "
             "them outside: y = norm(x, shape); y * weight + bias"
@@ -384,8 +347,8 @@ def _batch_norm(composite: Composite, func: Callable, args: tuple[Any, ...], kwa
             "BatchNorm in training mode has no rule: its statistics mix the batch; call model.eval() first"
         )
     _refuse_active_weights("batch_norm", (named.get("weight"), named.get("bias")))
-    tensors = [named.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
-    return rules.batch_norm(named["input"], *tensors, named.get("eps", 1e-5))
+    mean, variance = (named[name] for name in statistics)
+    return rules.batch_norm(named["input"], mean, variance, *map(named.get, affine), eps=named.get("eps", 1e-5))
 
 
 def _grid_sampler(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -453,6 +416,9 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
     def use(names: Any, handler: Handler) -> None:
         table.update(dict.fromkeys(names, handler))
 
+    def use_over(names: Any, wrapped: Callable[[Handler], Handler]) -> None:
+        table.update({name: wrapped(table[name]) for name in names if name in table})
+
     table["scaled_dot_product_attention"] = partial(_sdpa, composite)
     if composite.attention != "gradient" or composite.linear != Epsilon():
         use(opnames.MATRIX_PRODUCTS, partial(_matrix_product, composite))
@@ -485,6 +451,12 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
         table[name] = partial(_closed_form, form) if identity else _marking_gate
     use(opnames.BY_RATIO, _by_ratio if identity else _marking_gate)
     table["gelu"] = _gelu if identity else _marking_gate
+
+    if composite.product != "gradient":
+        use_over(opnames.PRODUCTS | opnames.MATRIX_PRODUCTS | opnames.LINEAR_LAYERS, shifted_is_constant)
+        use_over(opnames.SUMS_OF_PRODUCT, partial(shifted_is_constant, summands=1))
+        use_over((set(opnames.CLOSED_FORMS) | opnames.BY_RATIO | {"gelu"}) - opnames.BOUNDS, constant_if_shifted)
+        use_over(opnames.POWERS | {"square"}, constant_if_shifted)
 
     kinds: dict[str, Handler] = {"identity": _by_ratio, "product": _shared, "constant": _constant}
     for name, kind in operations.items():

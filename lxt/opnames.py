@@ -72,8 +72,11 @@ LINEAR = _names(
     nan_to_num nan_to_num_ avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d max_pool1d
     max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool1d_with_indices max_pool2d_with_indices
     upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa
-    _upsample_bilinear2d_aa grid_sampler pixel_shuffle pixel_unshuffle channel_shuffle batch_norm fft_rfft fft_irfft
-    fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn real imag conj resolve_conj resolve_neg cross_entropy
+    _upsample_bilinear2d_aa upsample_linear1d upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d grid_sampler pixel_shuffle pixel_unshuffle channel_shuffle
+    batch_norm fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_rfftn fft_irfftn fft_hfft fft_ihfft fft_fft fft_ifft fft_fft2
+    fft_ifft2 fft_fftn fft_ifftn fft_fftshift fft_ifftshift complex real imag conj resolve_conj resolve_neg
+    cummax cummin msort cross_entropy
     cross_entropy_loss nll_loss mse_loss l1_loss
     __get__ __set__ data grad grad_fn shape dtype device is_leaf
     requires_grad layout itemsize nbytes ndim names is_sparse is_cuda is_cpu is_meta is_mps is_quantized is_nested

@@ -31,8 +31,8 @@ from lxt.declaring import run_declared
 from lxt.graph import refuse_foreign_functions
 from lxt.holds import Holds, make_constant, make_still
 from lxt.interfaces import SEEN_BY_THE_MODE, rewired_forward, uses_interface
+from lxt.marks import activations
 from lxt.mode import RuleMode, checkpoint_hook, recomputable, suspended
-from lxt.operations import activations
 from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names, refuse_what_has_no_rule

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lxt.coefficients import COEFFICIENTS, Coefficient, clipped_gelu
 from lxt.composites import Composite
 from lxt.declarations import Declaration
+from lxt.marks import mark
 from lxt.mode import current_mode, plain_gradient
-from lxt.operations import mark
 from lxt.patchmap import ForwardFactory
 from lxt.rules import NormStyle, gated_product, identity, rms_norm
 

@@ -193,7 +193,7 @@ def test_coefficients_at_zero_are_the_limits() -> None:
     limits = {F.silu: 0.5, F.gelu: 0.5, torch.tanh: 1.0, torch.erf: 2 / math.sqrt(math.pi), F.elu: 1.0, F.relu: 0.0}
     for function, limit in limits.items():
         # relevance at 0 is 0, so the coefficient is read one linear map further back: x - 2 at x = 2
-        found = run(lambda x, f=function: f(x - 2), x=2.0)
+        found = run(lambda x, f=function: f(x - torch.tensor(2.0, dtype=x.dtype)), x=2.0)  # no Python number: a gate
         assert found.relevance["x"] / 2 == pytest.approx(limit, rel=1e-15)
 
 
@@ -368,3 +368,24 @@ def test_a_stopped_path_may_have_an_infinite_derivative() -> None:
     found = run(lambda a, b: torch.sqrt(a) * b + (a.norm() + 1) * b, a=[0.0], b=[2.0])
     assert found.relevance["a"].tolist() == [0.0]
     assert found.relevance["b"].tolist() == [2.0]
+
+
+def test_the_logarithm_of_1_plus_x_is_an_activation() -> None:
+    assert relevance(torch.log1p, x=3.0) == pytest.approx([math.log(4.0)])
+    assert relevance(torch.log1p, x=0.0) == [0.0]
+
+
+def test_a_number_to_the_power_of_an_activation_is_constant() -> None:
+    assert relevance(lambda x: 2.0**x + x, x=3.0) == [3.0]
+    assert relevance(lambda x: 2.0**x + x, x=[3.0, 2.0]) == [[3.0, 2.0]]
+
+
+def test_a_log_of_summed_exponentials_is_constant() -> None:
+    found = run(lambda x: torch.logaddexp(x, -x) + x, x=[3.0, 2.0])
+    assert found.relevance["x"].tolist() == [3.0, 2.0]
+    assert found.unknown == ()
+
+
+def test_a_bounded_gate_is_a_gate() -> None:
+    by_hand = [0.0, 0.5 * 3.0]
+    assert relevance(lambda gate, up: torch.relu(gate).clamp(-0.5, 0.5) * up, "cp", gate=2.0, up=3.0) == by_hand

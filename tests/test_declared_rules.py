@@ -112,6 +112,16 @@ def test_a_reference_gives_the_rules_and_the_function_its_numbers():
             wrong(gate, up)
         with pytest.raises(ValueError, match=r"has shape \(4,\), where call gives shape \(5,\)"):
             lxt.declare(off, lambda gate, up: gate[1:])(gate, up)
+        with pytest.raises(ValueError, match="differs by nan"):
+            lxt.declare(off, lambda gate, up: swiglu(gate, up) * torch.nan)(gate, up)
+
+
+def test_a_reference_may_be_infinite_where_the_function_is():
+    (scores,) = some((5,))
+    mask = torch.tensor([0.0, -torch.inf, 0.0, 0.0, -torch.inf])
+    masked = lxt.declare(kernel(lambda x: x + mask), lambda x: x + mask)
+    with RuleMode(lxt.ATTN_LRP):
+        assert torch.equal(masked(scores), scores + mask)
 
 
 def test_an_identity_makes_a_gate():

@@ -138,6 +138,20 @@ def test_a_squared_relu_is_one_activation(square):
     agree(lambda x: square(x), lambda x: x * x.detach(), ATTN_LRP.but(activation="gradient"))
 
 
+def test_an_active_mask_takes_the_softmaxs_share_where_query_and_key_are_constants():
+    def written(x: Tensor) -> Tensor:
+        return share((x @ x.detach().mT).softmax(-1), 0.5) @ share(x, 0.5)
+
+    (x,) = leaves(1)
+    zero = torch.zeros_like(x)
+    x4, zero4 = x[None, None], zero[None, None]
+    with RuleMode(ATTN_LRP):
+        mask = (x @ x.detach().mT)[None, None]
+        y = F.scaled_dot_product_attention(zero4, zero4, x4, attn_mask=mask)[0, 0]
+    for found, expected in zip(gradients(y, [x]), gradients(written(x), [x]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 # -- functions that torch implements in Python
 
 

@@ -265,6 +265,24 @@ def test_constants_and_linear_maps(function, by_hand):
     agree(function, by_hand)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: F.interpolate(a[None], scale_factor=2, mode="linear"),
+        lambda a: F.interpolate(a[None], scale_factor=2, mode="nearest-exact"),
+        lambda a: F.interpolate(a[None, None, None], scale_factor=2, mode="trilinear"),
+        lambda a: F.interpolate(a[None, None, None], scale_factor=2),
+        lambda a: torch.fft.irfft2(torch.fft.rfft2(a), a.shape),
+        lambda a: torch.fft.ifftn(torch.fft.fftshift(torch.fft.fftn(a))).real,
+        lambda a: torch.fft.hfft(a),
+        lambda a: torch.complex(a, 2 * a).imag,
+        lambda a: torch.cummax(a, 0)[0] + torch.msort(a),
+    ],
+)
+def test_interpolations_transforms_and_selections_are_linear(function):
+    agree(function, lambda a: function(a))
+
+
 def test_products_of_three():
     agree(
         lambda a, b, c: torch.einsum("ij,kj,lj->ikl", a, b, c),
@@ -403,6 +421,48 @@ def test_cp_stops_the_gate_where_both_branches_are_bounded():
         lambda a, b: F.silu(a.clamp(max=1.0)) * b.clamp(min=-0.9, max=0.9),
         lambda a, b: F.silu(a.clamp(max=1.0)).detach() * b * (b.clamp(-0.9, 0.9) / b).detach(),
         CP_LRP,
+    )
+
+
+def test_a_gate_given_by_name_or_asked_for_its_type_is_one_still():
+    def function(a, b):
+        gate = torch.squeeze(input=F.silu(a))
+        assert gate.type() == "torch.DoubleTensor"
+        return gate * b
+
+    agree(function, lambda a, b: F.silu(a).detach() * b, CP_LRP)
+
+
+def test_what_is_copied_over_a_gate_is_none():
+    agree(
+        lambda a, b, c: (F.silu(a) * 1.0).copy_(b) * F.silu(c),
+        lambda a, b, c: b * F.silu(c).detach(),
+        CP_LRP,
+    )
+    agree(
+        lambda a, b, c: b * 1.0 * torch.empty_like(b).copy_(F.silu(c)) + 0 * a,
+        lambda a, b, c: b * F.silu(c).detach() + 0 * a,
+        CP_LRP,
+    )
+
+
+def _written_into(weights: Tensor) -> Tensor:
+    routing = torch.zeros_like(weights)
+    routing[...] = weights
+    return routing
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [_written_into, in_place(lambda w: w.add_(torch.softmax(2 * w, -1)))],
+    ids=["written into zeros", "+= others"],
+)
+def test_a_stopped_router_is_stopped_wherever_its_weights_are_put(combine):
+    rules = CP_LRP.but(attention="uniform")
+    agree(
+        lambda a, b: combine(torch.softmax(a, -1)) * b,
+        lambda a, b: combine(torch.softmax(a, -1)).detach() * b,
+        rules,
     )
 
 

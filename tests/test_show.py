@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,6 +329,16 @@ def test_html_batches_are_sections_and_rtl_runs_right_to_left(tmp_path) -> None:
 
 def test_notebook_fragment_limits_rows() -> None:
     assert attribution(WORDS, SCORES, rows=30)._repr_html_().count("<section") == 20
+
+
+def test_a_notebook_gets_the_fragment_and_no_text(monkeypatch, capsys) -> None:
+    shown: list[str] = []
+    stand_in = SimpleNamespace(HTML=str, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=stand_in))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    attribution(WORDS, SCORES).show()
+    assert shown[0].count("<section") == 1
+    assert capsys.readouterr().out == ""
 
 
 # ---- figure

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from triton import knobs
 
 from lxt.triton_kernels.launch import launch
 
@@ -35,15 +36,15 @@ def tile(width: int, itemsize: int) -> tuple[dict[str, int], int]:
     """Queries and keys of a program's tile and how many loads run ahead, and its warps.
 
     One choice for each size and no autotuning, whose choices would change a sum's order from run to run. They are large
-    tiles that spill no register on sm_80, sm_90 and sm_100 and need less than the 99 KiB of shared memory of sm_86 and
-    sm_89 (tests/bench/kernels.py). Speed was not measured.
+    tiles that spill no register on sm_80, sm_90 and sm_100 (triton 3.7 and 3.9) and need less than the 99 KiB of shared
+    memory of sm_86 and sm_89 (tests/bench/kernels.py). Speed was not measured.
 
     Args:
         width: the larger padded head dimension.
         itemsize: bytes of a number.
     """
     if itemsize == 4:
-        return {"QUERIES": 32 if width <= 64 else 16, "KEYS": 32, "num_stages": 2}, 8
+        return {"QUERIES": 32 if width <= 128 else 16, "KEYS": 32, "num_stages": 2 if width <= 64 else 1}, 8
     return {"QUERIES": 64 if width <= 128 else 32, "KEYS": 64, "num_stages": 2}, 4 if width <= 64 else 8
 
 
@@ -341,7 +342,7 @@ def _write_gradient(
         "GROUP": heads // v_heads,
         "MASK": kind,
         "CAUSAL": is_causal,
-        "INTERPRETED": triton.knobs.runtime.interpret,
+        "INTERPRETED": knobs.runtime.interpret,
         "BLOCK": block,
         **sizes,
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from lxt.show import colors
 from lxt.show.images import Map, Seen, seen
 from lxt.show.rows import unit
-from lxt.show.terminal import legend, print_line, ranking, running
+from lxt.show.terminal import display, legend, print_line, ranking, running
 from lxt.show.words import amount, shorten, signed
 
 if TYPE_CHECKING:
@@ -26,15 +26,13 @@ _CELLS = 28  # of a field on each side; finer maps are summed
 
 def show(attribution: Attribution, special: bool, scale_special: bool, top: int, limit: int) -> None:
     """Display in the notebook that runs this, otherwise print; at most `limit` rows."""
-    console = Console(highlight=False)
-    if console.is_jupyter:
-        from IPython.display import HTML, display  # type: ignore[import-not-found]
 
+    def html() -> str:
         from lxt.show.imagehtml import fragment
 
-        display(HTML(fragment(attribution, limit, special, scale_special)))
-        return
-    render(attribution, console, special, scale_special, top, limit)
+        return fragment(attribution, limit, special, scale_special)
+
+    display(html, lambda console: render(attribution, console, special, scale_special, top, limit))
 
 
 def render(

@@ -23,13 +23,9 @@ __all__ = ["fragment", "page", "picture", "render", "show"]
 
 def show(similarity: Similarity, scale_special: bool, top: int) -> None:
     """Display in the notebook that runs this, otherwise print."""
-    console = Console(highlight=False)
-    if console.is_jupyter:
-        from IPython.display import HTML, display  # type: ignore[import-not-found]
-
-        display(HTML(fragment(similarity, scale_special)))
-        return
-    render(similarity, console, scale_special, top)
+    terminal.display(
+        lambda: fragment(similarity, scale_special), lambda console: render(similarity, console, scale_special, top)
+    )
 
 
 def render(similarity: Similarity, console: Console, scale_special: bool = False, top: int = 6) -> None:

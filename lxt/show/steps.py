@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lxt.show import grid, html
 from lxt.show.rows import unit
-from lxt.show.terminal import print_line
+from lxt.show.terminal import display, print_line
 from lxt.show.words import amount, shorten
 
 if TYPE_CHECKING:
@@ -23,13 +23,7 @@ __all__ = ["fragment", "page", "picture", "render", "show"]
 
 def show(steps: Steps) -> None:
     """Display in the notebook that runs this, otherwise print."""
-    console = Console(highlight=False)
-    if console.is_jupyter:
-        from IPython.display import HTML, display  # type: ignore[import-not-found]
-
-        display(HTML(fragment(steps)))
-        return
-    render(steps, console)
+    display(lambda: fragment(steps), lambda console: render(steps, console))
 
 
 def render(steps: Steps, console: Console) -> None:

@@ -6,6 +6,7 @@ list tells the rest; without Unicode everything is written in what the encoding 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -20,7 +21,7 @@ from lxt.show.words import amount, listed, shorten, signed
 if TYPE_CHECKING:
     from lxt.attribution import Attribution
 
-__all__ = ["legend", "print_line", "ranking", "render", "running", "shade", "show"]
+__all__ = ["display", "legend", "print_line", "ranking", "render", "running", "shade", "show"]
 
 _FAINT = 0.06  # of the scale: below it a token keeps the terminal's own colours
 _FILLED = 0.2  # from here on the background is coloured; in between only the letters are
@@ -33,15 +34,24 @@ _PLAIN = str.maketrans(
 
 def show(attribution: Attribution, special: bool, scale_special: bool, top: int, limit: int) -> None:
     """Display in the notebook that runs this, otherwise print; at most `limit` rows."""
-    console = Console(highlight=False)
-    if console.is_jupyter:
-        from IPython.display import HTML, display  # type: ignore[import-not-found]
 
+    def html() -> str:
         from lxt.show.html import fragment
 
-        display(HTML(fragment(attribution, limit, special, scale_special)))
+        return fragment(attribution, limit, special, scale_special)
+
+    display(html, lambda console: render(attribution, console, special, scale_special, top, limit))
+
+
+def display(html: Callable[[], str], render: Callable[[Console], None]) -> None:
+    """Show `html` in the notebook that runs this, otherwise `render` to the terminal."""
+    console = Console(highlight=False)
+    if not console.is_jupyter:
+        render(console)
         return
-    render(attribution, console, special, scale_special, top, limit)
+    from IPython import display  # type: ignore[import-not-found]
+
+    display.display(display.HTML(html()))
 
 
 def render(

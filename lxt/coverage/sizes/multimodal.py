@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 from lxt.coverage.prompts import flattened, grid, image_tokens, patches, prompt
 from lxt.coverage.sizes.tiny import Tiny
@@ -22,13 +25,32 @@ _POSITIONS = ("position_embedding.weight",)  # read by interpolation, not by the
 
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 4}
 
+
+def _without(*names: str) -> Callable[[nn.Module], None]:
+    """Zeroes buffers that are added to activations, as positions computed once: they would absorb relevance as biases do."""
+
+    def prepare(model: nn.Module) -> None:
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] in names:
+                buffer.zero_()
+
+    return prepare
+
+
+def _around_zero(model: nn.Module) -> None:
+    """Undoes 2 * (pixels - 0.5) of Gemma's patch embedder: the number subtracted is a bias, in code."""
+    for module in model.modules():
+        if type(module).__name__ == "Gemma4VisionPatchEmbedder":
+            module.register_forward_pre_hook(lambda module, args: (args[0] + 0.5, *args[1:]))
+
+
 MULTIMODAL: dict[str, Tiny] = {
     "aria": Tiny(config={"projector_patch_to_query_dict": {4: 3}}, inputs=image_tokens(3)),
     "aya_vision": Tiny(config=_FIELD, inputs=image_tokens(4)),
     "cohere2_vision": Tiny(config=_FIELD, inputs=image_tokens(4)),
     "deepseek_vl": Tiny(inputs=image_tokens(4)),
     "gemma3": Tiny(config={**_FIELD, "mm_tokens_per_image": 4}, inputs=image_tokens(4)),
-    "shieldgemma2": Tiny(config={**_FIELD, "mm_tokens_per_image": 4}, inputs=image_tokens(4)),
+    "shieldgemma2": Tiny(config={**_FIELD, "mm_tokens_per_image": 4, "yes_token_index": 100, "no_token_index": 101}, inputs=image_tokens(4)),
     "internvl": Tiny(config={"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}, inputs=image_tokens(4)),
     "qianfan_ocr": Tiny(config={"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}, inputs=image_tokens(4)),
     "llava": Tiny(inputs=image_tokens(4)),
@@ -93,9 +115,13 @@ MULTIMODAL: dict[str, Tiny] = {
         inputs=image_tokens(17, pixel_values=normal(1, 3, 32, 32), decoder_input_ids=token_ids(4)),
     ),
     "fuyu": Tiny(inputs=image_tokens(4, pixel_values=normal(1, 4, 192))),
-    "gemma4": Tiny(config={"vision_config": {"position_embedding_size": 16, "pooling_kernel_size": 2}}, inputs=image_tokens(6, **patches(4, 6, 192)), sources=("position_embedding_table",)),
+    "gemma4": Tiny(config={"vision_config": {"position_embedding_size": 16, "pooling_kernel_size": 2}}, inputs=image_tokens(6, **patches(4, 6, 192)), prepare=_around_zero),
     "gemma4_unified": Tiny(config={"vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}}, inputs=image_tokens(6, **patches(2, 3, 192))),
-    "granite_docling": Tiny(config={"vision_config": {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]}}, inputs=image_tokens(4, pixel_values=normal(1, 1, 3, 32, 32), pixel_attention_mask=torch.ones(1, 1, dtype=torch.bool))),
+    "granite_docling": Tiny(
+        config={"vision_config": {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]}},
+        inputs=image_tokens(4, pixel_values=normal(1, 1, 3, 32, 32), pixel_attention_mask=torch.ones(1, 1, dtype=torch.bool)),
+        prepare=_without("pos_embed"),
+    ),
     "hunyuan_vl": Tiny(config={"text_config": {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}}}, inputs=grid(4, 6, 10), sources=("image_begin", "image_end", "image_sep", "position_embedding.weight")),
     "dots3_note": Tiny(inputs=grid(4, 6, 6)),
     "glm5_next": Tiny(config={"text_config": {"index_kpool": 2, "qk_rope_head_dim": 0}}, inputs=grid(4, 6, 6)),
@@ -107,7 +133,7 @@ MULTIMODAL: dict[str, Tiny] = {
         inputs=image_tokens(145),  # as many queries as it has for a picture, and the separator,
         sources=("query_768_resolution.weight",),
     ),
-    "diffusion_gemma": Tiny(config={"canvas_length": 8, "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}, "vision_config": {"position_embedding_size": 16, "pooling_kernel_size": 2}}, inputs=image_tokens(6, **patches(4, 6, 192)), sources=("position_embedding_table",)),
+    "diffusion_gemma": Tiny(config={"canvas_length": 8, "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}, "vision_config": {"position_embedding_size": 16, "pooling_kernel_size": 2}}, inputs=image_tokens(6, **patches(4, 6, 192)), prepare=_around_zero),
     "granite4_vision": Tiny(
         config={
             "downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1],
@@ -177,6 +203,6 @@ MULTIMODAL: dict[str, Tiny] = {
     "qwen4_exp": Tiny(config=_HALF_ROPE, inputs=grid(4, 6, 6)),
     "t5gemma2": Tiny(config={"encoder": {"mm_tokens_per_image": 4, "vision_config": {"image_size": 32}}}, inputs=image_tokens(4, decoder_input_ids=token_ids(4), pixel_values=normal(1, 3, 32, 32))),
     "udop": Tiny(inputs=lambda model: {"input_ids": token_ids(9), "bbox": torch.rand(1, 9, 4, generator=torch.Generator().manual_seed(3)).sort(-1).values, "decoder_input_ids": token_ids(4)}),
-    "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1], "downsample_channels": [24, 32]}}}, inputs=image_tokens(4)),
+    "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1], "downsample_channels": [24, 32]}}}, inputs=image_tokens(7, pixel_values=normal(1, 3, 64, 64))),
     "vision-encoder-decoder": Tiny(config={"decoder": {"is_decoder": True, "add_cross_attention": True}}, inputs=lambda model: {"decoder_input_ids": token_ids(4)}),
 }  # fmt: skip

@@ -1,0 +1,57 @@
+"""Which tensors are activations, and the two marks that ride on them.
+
+A tensor is marked "gate" where it is the output of an activation function, and "weights" where it is a softmax's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["activations", "copy_mark", "is_activation", "mark", "mark_of"]
+
+_MARK = "_lxt_mark"
+
+
+def activations(value: Any) -> list[Tensor]:
+    """The tensors that require grad in nested tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:  # no generator: this runs for many of a model's operations
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
+
+
+def is_activation(value: Any) -> bool:
+    """Whether it is a tensor that requires grad."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def mark_of(value: Any) -> str | None:
+    """The mark on a tensor, None where there is none."""
+    return getattr(value, _MARK, None)
+
+
+def mark(result: Any, name: str | None) -> Any:
+    """`result`, with the mark `name` on it, or on each of its tensors."""
+    for tensor in (result,) if isinstance(result, Tensor) else result:
+        if isinstance(tensor, Tensor):  # x.type() is a string
+            setattr(tensor, _MARK, name)
+    return result
+
+
+def copy_mark(source: Any, result: Any) -> Any:
+    """`result`, with the mark of `source`, if it has one."""
+    name = mark_of(source)
+    return result if name is None else mark(result, name)
