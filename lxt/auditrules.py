@@ -253,8 +253,8 @@ class _Rules:
         if self.composite.product == "gradient":
             return Treatment("gradient")
         constant = self._is_shifted(node) or self.graph.is_statistic(node)
-        of_number = exponent is None or isinstance(getattr(node, "_saved_self", None), (int, float))
-        if of_number or constant or 1 in dict(self.graph.operands(node)):
+        of_number = isinstance(getattr(node, "_saved_self", None), (int, float))
+        if exponent is None or of_number or constant or 1 in dict(self.graph.operands(node)):
             # a number to the power of an activation, a power below 1 or of a shifted sum, a power that is an activation
             return Treatment("constant", _all_edges(node, 0.0))
         if isinstance(exponent, Tensor) and exponent.numel() > 1:

@@ -112,6 +112,6 @@ def coefficients(
         twice = torch.autograd.grad(y, leaves, c_y, allow_unused=True)
     for a, b in zip(once, twice, strict=True):
         assert (a is None) == (b is None)
-        assert a is None or torch.equal(a, b)
+        assert a is None or torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     assert torch.equal(c_y, kept)
     return y.detach(), list(once), c_y

@@ -80,6 +80,14 @@ def test_coefficients_are_right_in_the_tails(name):
     assert c[~seen].abs().max() <= 2 * torch.finfo(torch.float32).smallest_normal
 
 
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_infinities_and_nan_are_the_twins(name):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf], device=DEVICE)
+    _, (c,), c_y = coefficients(lambda x: identity(x, FUNCTIONS[name], name), x)
+    _, (expected,), _ = coefficients(lambda x: rules.identity(x, FUNCTIONS[name], name), x, c_y=c_y)
+    torch.testing.assert_close(c, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identity_of_any_layout(layout, dtype):

@@ -34,7 +34,8 @@ def test_kernels_compile_for_three_generations(tmp_path):
     for result in results:
         assert result["stack"] == 0, result
         assert 0 < result["registers"] <= 255, result
-        assert result["load"] >= 2, result  # ld.global.v2 or .v4, or 16 bytes ahead into shared memory
+        # ld.global.v2 or .v4, or 16 bytes ahead into shared memory; a tensor of one number has no vectors
+        assert result["load"] >= 2 or result["case"].startswith("one:"), result
 
 
 def test_a_wrong_name_is_told(tmp_path):

@@ -37,6 +37,16 @@ FORMS = frozenset(
 
 
 @triton.jit
+def _least(x, bound):
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)  # as torch's; Triton's own gives the bound for NaN
+
+
+@triton.jit
+def _most(x, bound):
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _sigmoid(x):
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
@@ -44,7 +54,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _phi(x):
-    magnitude = tl.minimum(tl.abs(x), 200.0)  # exp is 0 long before, and the square stays finite
+    magnitude = _least(tl.abs(x), 200.0)  # exp is 0 long before, and the square stays finite
     t = 1.0 / (1.0 + 0.25 * magnitude)
     p = 0.0203707074
     p = p * t - 0.0834867967
@@ -66,7 +76,7 @@ def _phi(x):
 def _tanh_ratio(x):
     magnitude = tl.abs(x)
     e = tl.exp(-2.0 * magnitude)
-    far = (1.0 - e) / ((1.0 + e) * tl.maximum(magnitude, 0.25))
+    far = (1.0 - e) / ((1.0 + e) * _most(magnitude, 0.25))
     s = x * x
     near = 1.0 + s * (
         -1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075)))))
@@ -96,15 +106,15 @@ def coefficient(x, FORM: tl.constexpr):
     elif FORM == "relu":
         return tl.where(x > 0, 1.0, 0.0)
     elif FORM == "relu_squared":
-        return tl.maximum(x, 0.0)
+        return _most(x, 0.0)
     elif FORM == "tanh":
         return _tanh_ratio(x)
     elif FORM == "mish":
         return _mish(x)
     elif FORM == "hardswish":
-        return tl.minimum(tl.maximum(x / 6.0 + 0.5, 0.0), 1.0)
+        return _least(_most(x / 6.0 + 0.5, 0.0), 1.0)
     elif FORM == "softsign":
         return 1.0 / (1.0 + tl.abs(x))
     else:
         tl.static_assert(FORM == "relu6", "no coefficient of that name")
-        return tl.where(x > 0, tl.minimum(x, 6.0) / tl.where(x > 0, x, 1.0), 0.0)
+        return tl.where(x <= 0, 0.0, _least(x, 6.0) / tl.where(x <= 0, 1.0, x))

@@ -55,10 +55,18 @@ def grid(height: int, width: int, places: int, **more: Any) -> Inputs:
 
     def inputs(model: Any) -> dict[str, Any]:
         vision = model.config.vision_config
-        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or getattr(vision, "num_channels", 3)
+        channels = (
+            getattr(vision, "in_channels", None)
+            or getattr(vision, "in_chans", None)
+            or getattr(vision, "num_channels", 3)
+        )
         side, frames = vision.patch_size, getattr(vision, "temporal_patch_size", 1)
         pixels = normal(height * width, channels * frames * side * side)
-        return prompt(model, places) | {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])} | more
+        return (
+            prompt(model, places)
+            | {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
+            | more
+        )
 
     return inputs
 

@@ -29,8 +29,8 @@ FIELDS: dict[str, Any] = {
     **_fields(HIDDEN, """hidden_size d_model n_embd dim embedding_size emb_dim model_dim embed_dim word_embed_proj_dim
         decoder_hidden_size encoder_hidden_size text_embed_dim d_embed lru_width projection_dim vision_embed_dim
         proj_hidden_size projection_hidden_size projector_hidden_size text_hidden_size vision_hidden_size adapter_in_dim
-        adapter_out_dim adapter_input_size mm_hidden_size out_hidden_size output_size hidden_dim intermediate_hidden_size
-        embedding_dim entity_emb_size connector_hidden_size input_embedding_size hidden_features""" ),
+        adapter_out_dim adapter_input_size mm_hidden_size out_hidden_size output_size hidden_dim
+        intermediate_hidden_size embedding_dim entity_emb_size connector_hidden_size input_embedding_size hidden_features""" ),
     **_fields(HEADS, """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
         num_encoder_attention_heads num_decoder_attention_heads attention_heads num_attn_heads"""),
     **_fields(2, "num_key_value_heads num_kv_heads n_kv_heads num_global_key_value_heads"),

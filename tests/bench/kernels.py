@@ -108,13 +108,35 @@ def cases() -> dict[str, Callable[[], Any]]:
     for dtype in (bf16, fp32):
         for width in (64, 80, 96, 128, 192, 256):
             found[f"value_attention {short(dtype)} {width}"] = lambda width=width, dtype=dtype: attention(width, dtype)
-    found["value_attention bf16 128, mask"] = lambda: attention(
-        128, bf16, attn_mask=torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    masks = {"bool": torch.ones(1, 1, 16, 16, dtype=torch.bool), "sum": torch.zeros(1, 1, 16, 16, dtype=bf16)}
+    found["value_attention bf16 128, mask"] = lambda: attention(128, bf16, masks["bool"])
+    found["value_attention bf16 128, additive mask"] = lambda: attention(128, bf16, masks["sum"])
+    found["value_attention bf16 128, window"] = lambda: attention(128, bf16, window=8)
+    # Arguments of 1 are compiled in as constants, where other code runs in the compiler; those of 2^31 have 64 bits.
+    found["one: identity"] = lambda: backward(lambda x: identity.identity(x, F.silu, "silu"), numbers(1, bf16))
+    found["one: gated_product"] = lambda: backward(
+        lambda g, u: gated_product.gated_product(g, u, F.silu, "silu", False, False),
+        numbers(1, 1, bf16),
+        numbers(1, 1, bf16),
     )
-    found["value_attention bf16 128, additive mask"] = lambda: attention(
-        128, bf16, attn_mask=torch.zeros(1, 1, 16, 16, dtype=bf16)
+    found["one: rms_norm"] = lambda: backward(
+        lambda x: rms_norm.rms_norm(x, torch.ones(1), 1e-6, "t5", False), numbers(1, 1, bf16)
     )
-    found["value_attention bf16 128, window"] = lambda: attention(128, bf16, is_causal=True, window=8)
+    found["one: layer_norm"] = lambda: backward(lambda x: layer_norm.layer_norm(x, (1,)), numbers(1, 1, bf16))
+    found["one: relevance"] = lambda: relevance.relevance(numbers(1, 1, bf16), numbers(1, 1, bf16), 1)
+    found["one: rotary"] = lambda: backward(
+        lambda x: rotary.rotary(x, numbers(1, 1, 2, bf16), numbers(1, 1, 2, bf16)), numbers(1, 1, 1, 2, bf16)
+    )
+    found["one: value_attention, query"] = lambda: attention(64, bf16, queries=1)
+    found["one: value_attention, key"] = lambda: attention(64, bf16, keys=1)
+    found["one: value_attention, head"] = lambda: attention(64, bf16, heads=1)
+    found["one: value_attention, all, window"] = lambda: attention(1, bf16, window=1, queries=1, keys=1, heads=1)
+    found["one: value_attention, window"] = lambda: attention(64, bf16, window=1)
+    found["far: rms_norm"] = lambda: backward(
+        lambda x: rms_norm.rms_norm(x, torch.ones(64, dtype=bf16), 1e-6, "llama", False), far_apart(64)
+    )
+    found["far: relevance"] = lambda: relevance.relevance(far_apart(64), far_apart(64))
+    found["far: value_attention"] = lambda: attention(64, bf16, queries=2, keys=2, heads=1, far=True)
     return found
 
 
@@ -142,17 +164,27 @@ def attention(
     width: int,
     dtype: torch.dtype,
     attn_mask: Tensor | None = None,
-    is_causal: bool | None = None,
     window: int | None = None,
+    queries: int = 16,
+    keys: int = 16,
+    heads: int = 8,
+    far: bool = False,
 ) -> None:
-    """32 query heads on 8 of keys and values, [batch, token, head, d_head] in memory."""
-    query = numbers(1, 16, 32, width, dtype).transpose(1, 2)
-    key, value = (numbers(1, 16, 8, width, dtype).transpose(1, 2) for _ in range(2))
-    causal = attn_mask is None if is_causal is None else is_causal
+    """Causal without a mask; four query heads share one of keys and values; [batch, token, head, d_head] in memory."""
+    group = 4 if heads > 1 else 1
+    query = numbers(1, queries, group * heads, width, dtype).transpose(1, 2)
+    key, value = (numbers(1, keys, heads, width, dtype).transpose(1, 2) for _ in range(2))
+    if far:
+        key = far_apart(width)[None, None]
     out = value_attention.value_attention(
-        query, key, value.requires_grad_(), attn_mask, causal, enable_gqa=True, window=window
+        query, key, value.requires_grad_(), attn_mask, attn_mask is None, enable_gqa=True, window=window
     )
-    out.backward(torch.ones(1, 16, 32, width, dtype=dtype).transpose(1, 2))
+    out.backward(torch.ones(1, queries, group * heads, width, dtype=dtype).transpose(1, 2))
+
+
+def far_apart(columns: int) -> Tensor:
+    """Two rows 2^31 numbers apart; the memory between them is never touched."""
+    return torch.empty(2**31 + columns, dtype=torch.bfloat16).as_strided((2, columns), (2**31, 1)).fill_(1)
 
 
 def launches(case: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any], int]]:

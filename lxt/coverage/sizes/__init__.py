@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lxt.coverage.sizes.encoders import ENCODERS
+from lxt.coverage.sizes.grids import GRIDS
 from lxt.coverage.sizes.listening import LISTENING
 from lxt.coverage.sizes.multimodal import MULTIMODAL
 from lxt.coverage.sizes.seq2seq import SEQ2SEQ
@@ -13,7 +14,7 @@ from lxt.coverage.sizes.vision import VISION
 
 __all__ = ["Tiny", "tiny_of"]
 
-_TINY = TEXT | ENCODERS | SEQ2SEQ | LISTENING | SPEECH | VISION | MULTIMODAL
+_TINY = TEXT | ENCODERS | SEQ2SEQ | LISTENING | SPEECH | VISION | MULTIMODAL | GRIDS
 
 
 def tiny_of(model_type: str, task: str = "") -> Tiny:

@@ -1,4 +1,4 @@
-"""Tiny sizes of multimodal types."""
+"""Tiny sizes of multimodal types that take pictures as such, of one size."""
 
 from __future__ import annotations
 
@@ -7,27 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lxt.coverage.prompts import flattened, grid, image_tokens, patches, prompt
+from lxt.coverage.prompts import image_tokens, prompt
 from lxt.coverage.sizes.tiny import Tiny
 from lxt.coverage.sizes.values import normal, token_ids
 
 __all__ = ["MULTIMODAL"]
 
 _FIELD = {"vision_config": {"image_size": 32}}  # 4 × 4 patches, where the projector merges 2 × 2 of them
-# rotary positions in time, height and width, for heads of 8
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-_MROPE = {"text_config": {"rope_parameters": _ROPE}}
-_HALF_ROPE = {"text_config": {"head_dim": 16, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}}
-# windows of 2 × 2 merged patches in one layer, full attention in the other
-_WINDOWS = {"vision_config": {"window_size": 32, "fullatt_block_indexes": [1]}}
-
 _POSITIONS = ("position_embedding.weight",)  # read by interpolation, not by the embedding's forward
-
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 4}
 
 
 def _without(*names: str) -> Callable[[nn.Module], None]:
-    """Zeroes buffers that are added to activations, as positions computed once: they would absorb relevance as biases do."""
+    """Zeroes buffers that are added to activations, as positions computed once: they absorb relevance as biases do."""
 
     def prepare(model: nn.Module) -> None:
         for name, buffer in model.named_buffers():
@@ -37,172 +29,245 @@ def _without(*names: str) -> Callable[[nn.Module], None]:
     return prepare
 
 
-def _around_zero(model: nn.Module) -> None:
-    """Undoes 2 * (pixels - 0.5) of Gemma's patch embedder: the number subtracted is a bias, in code."""
-    for module in model.modules():
-        if type(module).__name__ == "Gemma4VisionPatchEmbedder":
-            module.register_forward_pre_hook(lambda module, args: (args[0] + 0.5, *args[1:]))
-
-
 MULTIMODAL: dict[str, Tiny] = {
     "aria": Tiny(config={"projector_patch_to_query_dict": {4: 3}}, inputs=image_tokens(3)),
     "aya_vision": Tiny(config=_FIELD, inputs=image_tokens(4)),
-    "cohere2_vision": Tiny(config=_FIELD, inputs=image_tokens(4)),
-    "deepseek_vl": Tiny(inputs=image_tokens(4)),
-    "gemma3": Tiny(config={**_FIELD, "mm_tokens_per_image": 4}, inputs=image_tokens(4)),
-    "shieldgemma2": Tiny(config={**_FIELD, "mm_tokens_per_image": 4, "yes_token_index": 100, "no_token_index": 101}, inputs=image_tokens(4)),
-    "internvl": Tiny(config={"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}, inputs=image_tokens(4)),
-    "qianfan_ocr": Tiny(config={"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}, inputs=image_tokens(4)),
-    "llava": Tiny(inputs=image_tokens(4)),
-    "ovis2": Tiny(inputs=image_tokens(4)),
-    "paligemma": Tiny(inputs=image_tokens(4)),
-    "vipllava": Tiny(config={"vision_feature_layers": [-2, -1, 1]}, inputs=image_tokens(4)),
-    "step3p7": Tiny(config={"vision_config": {"image_size": 64}, "text_config": {"sliding_window": 4}}, inputs=image_tokens(4), sources=_POSITIONS),
-    "got_ocr2": Tiny(config={"vision_config": {"image_size": 64, "output_channels": 24, "global_attn_indexes": [1]}}, inputs=image_tokens(4)),
-    "pp_chart2table": Tiny(config={"vision_config": {"image_size": 64, "output_channels": 24, "global_attn_indexes": [1]}}, inputs=image_tokens(4)),
-    "video_llava": Tiny(inputs=image_tokens(4)),
-    "qwen2_vl": Tiny(config=_MROPE, inputs=grid(4, 6, 6)),
-    "qwen2_5_vl": Tiny(config=_MROPE | _WINDOWS, inputs=grid(4, 6, 6)),
-    "qwen3_vl": Tiny(config=_MROPE, inputs=grid(4, 6, 6)),
-    "qwen3_vl_moe": Tiny(config=_MROPE, inputs=grid(4, 6, 6)),
-    "qwen3_5": Tiny(config=_HALF_ROPE, inputs=grid(4, 6, 6)),
-    "qwen3_5_moe": Tiny(config=_HALF_ROPE, inputs=grid(4, 6, 6)),
-    "glm4v": Tiny(config=_MROPE, inputs=grid(4, 6, 6), sources=_POSITIONS),
-    "glm46v": Tiny(config=_MROPE, inputs=grid(4, 6, 6), sources=_POSITIONS),
-    "glmga": Tiny(config=_MROPE, inputs=grid(4, 6, 6), sources=_POSITIONS),
-    "glm4v_moe": Tiny(config=_HALF_ROPE, inputs=grid(4, 6, 6), sources=_POSITIONS),
-    "glm_ocr": Tiny(config=_MROPE, inputs=grid(4, 6, 6)),
-    "exaone4_5": Tiny(config=_WINDOWS, inputs=grid(4, 6, 6)),
-    "hyperclovax_vision_v2": Tiny(config=_WINDOWS, inputs=grid(4, 6, 6)),
-    "kimi_k25": Tiny(inputs=grid(4, 6, 6, pixel_values=normal(24, 3, 8, 8))),
-    "lfm3_vl": Tiny(inputs=grid(4, 6, 6)),
-    "paddleocr_vl": Tiny(config=_MROPE, inputs=grid(4, 6, 6, pixel_values=normal(24, 3, 8, 8))),
-    "video_llama_3": Tiny(inputs=grid(4, 6, 6, image_merge_sizes=torch.tensor([2]))),
-    "cosmos3_omni": Tiny(config=_MROPE, inputs=grid(4, 6, 6)),
-    "minimax_m3_vl": Tiny(inputs=grid(4, 6, 6)),
-    "muse_glimmer": Tiny(config={"out_hidden_size": 128}, inputs=grid(4, 6, 6, pixel_values=normal(24, 384))),
     "blip-2": Tiny(config={"image_token_index": 100, "num_query_tokens": 4}, inputs=image_tokens(4)),
-    "instructblip": Tiny(config={"image_token_index": 100, "num_query_tokens": 4}, inputs=image_tokens(4, qformer_input_ids=token_ids(5))),
-    "instructblipvideo": Tiny(config={"video_token_index": 100, "num_query_tokens": 4}, inputs=image_tokens(8, qformer_input_ids=token_ids(5), pixel_values=normal(1, 2, 3, 16, 16))),
     "chameleon": Tiny(
         config={
             "vocabulary_map": {"<image>": 100} | {f"IMGIMG{chr(ord('A') + code)}Z": 80 + code for code in range(8)},
-            "vq_config": {"num_embeddings": 8, "latent_channels": 16, "base_channels": 32, "resolution": 16, "channel_multiplier": [1, 2], "num_res_blocks": 1},
+            "vq_config": {
+                "num_embeddings": 8,
+                "latent_channels": 16,
+                "base_channels": 32,
+                "resolution": 16,
+                "channel_multiplier": [1, 2],
+                "num_res_blocks": 1,
+            },
         },
         inputs=image_tokens(64, pixel_values=normal(1, 3, 16, 16)),
     ),
-    "emu3": Tiny(
-        config={
-            "vocabulary_map": {"<image>": 100, "<|extra_200|>": 101} | {f"<|visual token {code:06d}|>": 80 + code for code in range(8)},
-            "vq_config": {"codebook_size": 8, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 64},
-        },
-        inputs=image_tokens(72, pixel_values=normal(1, 3, 16, 16), image_sizes=torch.tensor([[16, 16]])),
-    ),
-    "deepseek_vl_hybrid": Tiny(
-        config={"high_res_vision_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1]}},
-        inputs=image_tokens(4, high_res_pixel_values=normal(1, 3, 64, 64, seed=3)),
-    ),
-    "cohere_compass": Tiny(inputs=grid(4, 6, 6)),
-    "cosmos3_edge": Tiny(config=_MROPE, inputs=grid(4, 6, 6), sources=_POSITIONS),
-    "ernie4_5_vl_moe": Tiny(config={"text_config": {"moe_intermediate_size": [24, 16], "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}}, inputs=grid(4, 6, 6)),
-    "florence2": Tiny(
-        config={
-            "vision_config": {
-                "embed_dim": [16, 32], "num_heads": [2, 4], "num_groups": [2, 4], "depths": [1, 1], "patch_size": [7, 3],
-                "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True],
-            }
-        },
-        inputs=image_tokens(17, pixel_values=normal(1, 3, 32, 32), decoder_input_ids=token_ids(4)),
-    ),
-    "fuyu": Tiny(inputs=image_tokens(4, pixel_values=normal(1, 4, 192))),
-    "gemma4": Tiny(config={"vision_config": {"position_embedding_size": 16, "pooling_kernel_size": 2}}, inputs=image_tokens(6, **patches(4, 6, 192)), prepare=_around_zero),
-    "gemma4_unified": Tiny(config={"vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}}, inputs=image_tokens(6, **patches(2, 3, 192))),
-    "granite_docling": Tiny(
-        config={"vision_config": {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]}},
-        inputs=image_tokens(4, pixel_values=normal(1, 1, 3, 32, 32), pixel_attention_mask=torch.ones(1, 1, dtype=torch.bool)),
-        prepare=_without("pos_embed"),
-    ),
-    "hunyuan_vl": Tiny(config={"text_config": {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}}}, inputs=grid(4, 6, 10), sources=("image_begin", "image_end", "image_sep", "position_embedding.weight")),
-    "dots3_note": Tiny(inputs=grid(4, 6, 6)),
-    "glm5_next": Tiny(config={"text_config": {"index_kpool": 2, "qk_rope_head_dim": 0}}, inputs=grid(4, 6, 6)),
+    "cohere2_vision": Tiny(config=_FIELD, inputs=image_tokens(4)),
     "deepseek_ocr2": Tiny(
         config={
-            "vision_config": {"sam_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1], "downsample_channels": [24, 32]}},
+            "vision_config": {
+                "sam_config": {
+                    "image_size": 64,
+                    "output_channels": 16,
+                    "global_attn_indexes": [1],
+                    "downsample_channels": [24, 32],
+                }
+            },
             "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
         },
         inputs=image_tokens(145),  # as many queries as it has for a picture, and the separator,
         sources=("query_768_resolution.weight",),
     ),
-    "diffusion_gemma": Tiny(config={"canvas_length": 8, "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}, "vision_config": {"position_embedding_size": 16, "pooling_kernel_size": 2}}, inputs=image_tokens(6, **patches(4, 6, 192)), prepare=_around_zero),
+    "deepseek_vl": Tiny(inputs=image_tokens(4)),
+    "deepseek_vl_hybrid": Tiny(
+        config={"high_res_vision_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1]}},
+        inputs=image_tokens(4, high_res_pixel_values=normal(1, 3, 64, 64, seed=3)),
+    ),
+    "emu3": Tiny(
+        config={
+            "vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}
+            | {f"<|visual token {code:06d}|>": 80 + code for code in range(8)},
+            "vq_config": {
+                "codebook_size": 8,
+                "latent_channels": 4,
+                "base_channels": 32,
+                "channel_multiplier": [1, 2],
+                "num_res_blocks": 1,
+                "attn_resolutions": [1],
+                "hidden_size": 64,
+            },
+        },
+        inputs=image_tokens(72, pixel_values=normal(1, 3, 16, 16), image_sizes=torch.tensor([[16, 16]])),
+    ),
+    "florence2": Tiny(
+        config={
+            "vision_config": {
+                "embed_dim": [16, 32],
+                "num_heads": [2, 4],
+                "num_groups": [2, 4],
+                "depths": [1, 1],
+                "patch_size": [7, 3],
+                "patch_stride": [4, 2],
+                "patch_padding": [3, 1],
+                "patch_prenorm": [False, True],
+            }
+        },
+        inputs=image_tokens(17, pixel_values=normal(1, 3, 32, 32), decoder_input_ids=token_ids(4)),
+    ),
+    "gemma3": Tiny(config={**_FIELD, "mm_tokens_per_image": 4}, inputs=image_tokens(4)),
+    "got_ocr2": Tiny(
+        config={"vision_config": {"image_size": 64, "output_channels": 24, "global_attn_indexes": [1]}},
+        inputs=image_tokens(4),
+    ),
     "granite4_vision": Tiny(
         config={
-            "downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1],
-            "image_grid_pinpoints": [[32, 64], [64, 32]], "vision_config": {"image_size": 32, "hidden_size": 64},
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[0, 0], [1, 1]],
+            "spatial_target_layers": [0, 1],
+            "image_grid_pinpoints": [[32, 64], [64, 32]],
+            "vision_config": {"image_size": 32, "hidden_size": 64},
         },
         inputs=image_tokens(14, pixel_values=normal(1, 3, 3, 32, 32), image_sizes=torch.tensor([[32, 64]])),
         sources=("query", "image_positions"),
     ),
-    "idefics2": Tiny(config={"perceiver_config": {"resampler_n_latents": 3}}, inputs=image_tokens(3, pixel_values=normal(1, 1, 3, 16, 16))),
+    "granite_docling": Tiny(
+        config={"vision_config": {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]}},
+        inputs=image_tokens(
+            4, pixel_values=normal(1, 1, 3, 32, 32), pixel_attention_mask=torch.ones(1, 1, dtype=torch.bool)
+        ),
+        prepare=_without("pos_embed"),
+    ),
+    "idefics": Tiny(
+        inputs=lambda model: {
+            "input_ids": token_ids(7),
+            "pixel_values": normal(1, 1, 3, 16, 16),
+            "image_attention_mask": torch.ones(1, 7, 1, dtype=torch.long),
+        }
+    ),
+    "idefics2": Tiny(
+        config={"perceiver_config": {"resampler_n_latents": 3}},
+        inputs=image_tokens(3, pixel_values=normal(1, 1, 3, 16, 16)),
+    ),
     "idefics3": Tiny(config=_FIELD, inputs=image_tokens(4, pixel_values=normal(1, 1, 3, 32, 32))),
-    "smolvlm": Tiny(config=_FIELD, inputs=image_tokens(4, pixel_values=normal(1, 1, 3, 32, 32))),
-    "idefics": Tiny(inputs=lambda model: {"input_ids": token_ids(7), "pixel_values": normal(1, 1, 3, 16, 16), "image_attention_mask": torch.ones(1, 7, 1, dtype=torch.long)}),
-    "inkling2": Tiny(config={"text_config": _INKLING}, inputs=grid(2, 3, 6, pixel_values=normal(6, 16, 16, 3)), sources=("position_embedding.weight", "static_weight")),
-    "inkling_mm_model": Tiny(config={"text_config": _INKLING}, inputs=image_tokens(4, pixel_values=normal(4, 2, 8, 8, 3))),
-    "janus": Tiny(config={"vq_config": {"base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 2], "latent_channels": 16, "num_embeddings": 8}}, inputs=image_tokens(4)),
-    "kosmos-2": Tiny(config={"latent_query_num": 4, "text_config": {"layers": 2}}, inputs=lambda model: {"input_ids": token_ids(9), "image_embeds_position_mask": torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0, 0]])}, sources=("latent_query",)),
-    "kosmos-2.5": Tiny(config={"latent_query_num": 4, "text_config": {"layers": 2}}, inputs=lambda model: {"input_ids": token_ids(9), "image_embeds_position_mask": torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0, 0]]), "flattened_patches": flattened(2, 3, 768), "pixel_values": None}, sources=("latent_query",)),
-    "lfm2_vl": Tiny(inputs=image_tokens(4, pixel_values=normal(1, 16, 192), spatial_shapes=torch.tensor([[4, 4]]), pixel_attention_mask=torch.ones(1, 16, dtype=torch.long)), sources=_POSITIONS),
-    "lighton_ocr": Tiny(inputs=image_tokens(4, pixel_values=normal(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))),
-    "mistral3": Tiny(inputs=image_tokens(4, pixel_values=normal(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))),
-    "mistral_large4": Tiny(inputs=image_tokens(4, pixel_values=normal(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))),
+    "inkling_mm_model": Tiny(
+        config={"text_config": _INKLING}, inputs=image_tokens(4, pixel_values=normal(4, 2, 8, 8, 3))
+    ),
+    "instructblip": Tiny(
+        config={"image_token_index": 100, "num_query_tokens": 4}, inputs=image_tokens(4, qformer_input_ids=token_ids(5))
+    ),
+    "instructblipvideo": Tiny(
+        config={"video_token_index": 100, "num_query_tokens": 4},
+        inputs=image_tokens(8, qformer_input_ids=token_ids(5), pixel_values=normal(1, 2, 3, 16, 16)),
+    ),
+    "internvl": Tiny(config={"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}, inputs=image_tokens(4)),
+    "janus": Tiny(
+        config={
+            "vq_config": {
+                "base_channels": 32,
+                "num_res_blocks": 1,
+                "channel_multiplier": [1, 2],
+                "latent_channels": 16,
+                "num_embeddings": 8,
+            }
+        },
+        inputs=image_tokens(4),
+    ),
+    "kosmos-2": Tiny(
+        config={"latent_query_num": 4, "text_config": {"layers": 2}},
+        inputs=lambda model: {
+            "input_ids": token_ids(9),
+            "image_embeds_position_mask": torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0, 0]]),
+        },
+        sources=("latent_query",),
+    ),
+    "lighton_ocr": Tiny(
+        inputs=image_tokens(4, pixel_values=normal(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))
+    ),
     "llama4": Tiny(
         config={
-            "vision_config": {"image_size": 32, "intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+            "vision_config": {
+                "image_size": 32,
+                "intermediate_size": 128,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "vision_output_dim": 32,
+            },
             "text_config": {"intermediate_size_mlp": 40, "attention_chunk_size": 4},
         },
         inputs=image_tokens(4),
     ),
-    "llava_next": Tiny(config={"image_grid_pinpoints": [[16, 32], [32, 16]]}, inputs=image_tokens(14, pixel_values=normal(1, 3, 3, 16, 16), image_sizes=torch.tensor([[16, 32]]))),
-    "llava_next_video": Tiny(config={"image_grid_pinpoints": [[16, 32], [32, 16]]}, inputs=image_tokens(14, pixel_values=normal(1, 3, 3, 16, 16), image_sizes=torch.tensor([[16, 32]]))),
-    "llava_onevision": Tiny(config={"image_grid_pinpoints": [[16, 32], [32, 16]]}, inputs=image_tokens(14, pixel_values=normal(1, 3, 3, 16, 16), image_sizes=torch.tensor([[16, 32]]))),
-    "minicpm_ocr": Tiny(config={"image_token_id": 100, "video_token_id": 101, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, inputs=image_tokens(16, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]]))),
-    "minicpmv4_6": Tiny(config={"image_token_id": 100, "video_token_id": 101, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, inputs=image_tokens(4, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]]))),
-    "minicpmv4_7": Tiny(config={"image_token_id": 100, "video_token_id": 101, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, inputs=image_tokens(4, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]]))),
-    "mllama_text_model": Tiny(config={"cross_attention_layers": [1]}),  # the default's lie behind the tiny depth
+    "llava": Tiny(inputs=image_tokens(4)),
+    "llava_next": Tiny(
+        config={"image_grid_pinpoints": [[16, 32], [32, 16]]},
+        inputs=image_tokens(14, pixel_values=normal(1, 3, 3, 16, 16), image_sizes=torch.tensor([[16, 32]])),
+    ),
+    "llava_next_video": Tiny(
+        config={"image_grid_pinpoints": [[16, 32], [32, 16]]},
+        inputs=image_tokens(14, pixel_values=normal(1, 3, 3, 16, 16), image_sizes=torch.tensor([[16, 32]])),
+    ),
+    "llava_onevision": Tiny(
+        config={"image_grid_pinpoints": [[16, 32], [32, 16]]},
+        inputs=image_tokens(14, pixel_values=normal(1, 3, 3, 16, 16), image_sizes=torch.tensor([[16, 32]])),
+    ),
+    "mistral3": Tiny(inputs=image_tokens(4, pixel_values=normal(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))),
+    "mistral_large4": Tiny(
+        inputs=image_tokens(4, pixel_values=normal(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))
+    ),
     "mllama": Tiny(
         sources=("gated_positional_embedding.embedding",),
         config={"vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 64, "num_global_layers": 1}},
         inputs=lambda model: {
-            "input_ids": token_ids(7), "pixel_values": normal(1, 1, 4, 3, 16, 16), "aspect_ratio_ids": torch.tensor([[2]]),
-            "aspect_ratio_mask": torch.tensor([[[1, 1, 0, 0]]]), "cross_attention_mask": torch.tensor([1, 1, 0, 0]).expand(1, 7, 1, 4),
-        }
+            "input_ids": token_ids(7),
+            "pixel_values": normal(1, 1, 4, 3, 16, 16),
+            "aspect_ratio_ids": torch.tensor([[2]]),
+            "aspect_ratio_mask": torch.tensor([[[1, 1, 0, 0]]]),
+            "cross_attention_mask": torch.tensor([1, 1, 0, 0]).expand(1, 7, 1, 4),
+        },
     ),
-    "molmo2": Tiny(
-        config={"image_patch_id": 100, "adapter_config": {"vision_feature_layer": [-1, -2]}, "vision_config": {"image_size": [32, 32], "num_position_embeddings": 16}},
-        # a small picture of the whole and one part of it, 4 × 4 patches each, of which 2 × 2 make a token
-        inputs=image_tokens(
-            8,
-            pixel_values=normal(2, 16, 192),
-            image_grids=torch.tensor([[2, 2, 2, 2]]),
-            image_num_crops=torch.tensor([2]),
-            image_token_pooling=torch.arange(32).reshape(2, 2, 2, 2, 2).transpose(2, 3).reshape(8, 4),
-        ),
-    ),
-    "muse_spark": Tiny(config={"out_hidden_size": 128, "audio_config": {"patch_sizes": [2, 2], "hidden_sizes": [32, 32], "depths": [1, 1]}}, inputs=grid(4, 6, 6, pixel_values=normal(24, 384))),
-    "nemotron_h_omni": Tiny(config={"image_token_id": 100, "video_token_id": 101, "vision_config": {"video_temporal_patch_size": 2}}, inputs=image_tokens(6, pixel_values=normal(24, 192), image_grid_hw=torch.tensor([[4, 6]]))),
+    "mllama_text_model": Tiny(config={"cross_attention_layers": [1]}),
+    "ovis2": Tiny(inputs=image_tokens(4)),
+    "paligemma": Tiny(inputs=image_tokens(4)),
     "pi0": Tiny(
         config={"chunk_size": 4},
         inputs=lambda model: {
-            **prompt(model, 4, token=model.config.vlm_config.image_token_index), "pixel_values": normal(1, 1, 3, 16, 16), "state": normal(1, 32, seed=3),
-            "noise": normal(1, 4, 32, seed=4), "timestep": torch.tensor([1]), "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+            **prompt(model, 4, token=model.config.vlm_config.image_token_index),
+            "pixel_values": normal(1, 1, 3, 16, 16),
+            "state": normal(1, 32, seed=3),
+            "noise": normal(1, 4, 32, seed=4),
+            "timestep": torch.tensor([1]),
+            "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
         },
     ),
-    "pix2struct": Tiny(inputs=lambda model: {"pixel_values": None, "flattened_patches": flattened(2, 3, 768), "decoder_input_ids": token_ids(4)}),
-    "qwen2_5_omni_thinker": Tiny(config=_MROPE | _WINDOWS, inputs=grid(4, 6, 6)),
-    "qwen3_omni_moe_thinker": Tiny(config=_MROPE, inputs=grid(4, 6, 6)),
-    "qwen4_exp": Tiny(config=_HALF_ROPE, inputs=grid(4, 6, 6)),
-    "t5gemma2": Tiny(config={"encoder": {"mm_tokens_per_image": 4, "vision_config": {"image_size": 32}}}, inputs=image_tokens(4, decoder_input_ids=token_ids(4), pixel_values=normal(1, 3, 32, 32))),
-    "udop": Tiny(inputs=lambda model: {"input_ids": token_ids(9), "bbox": torch.rand(1, 9, 4, generator=torch.Generator().manual_seed(3)).sort(-1).values, "decoder_input_ids": token_ids(4)}),
-    "unlimited_ocr": Tiny(config={"vision_config": {"sam_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [1], "downsample_channels": [24, 32]}}}, inputs=image_tokens(7, pixel_values=normal(1, 3, 64, 64))),
-    "vision-encoder-decoder": Tiny(config={"decoder": {"is_decoder": True, "add_cross_attention": True}}, inputs=lambda model: {"decoder_input_ids": token_ids(4)}),
-}  # fmt: skip
+    "pp_chart2table": Tiny(
+        config={"vision_config": {"image_size": 64, "output_channels": 24, "global_attn_indexes": [1]}},
+        inputs=image_tokens(4),
+    ),
+    "qianfan_ocr": Tiny(
+        config={"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}, inputs=image_tokens(4)
+    ),
+    "shieldgemma2": Tiny(
+        config={**_FIELD, "mm_tokens_per_image": 4, "yes_token_index": 100, "no_token_index": 101},
+        inputs=image_tokens(4),
+    ),
+    "smolvlm": Tiny(config=_FIELD, inputs=image_tokens(4, pixel_values=normal(1, 1, 3, 32, 32))),
+    "step3p7": Tiny(
+        config={"vision_config": {"image_size": 64}, "text_config": {"sliding_window": 4}},
+        inputs=image_tokens(4),
+        sources=_POSITIONS,
+    ),
+    "t5gemma2": Tiny(
+        config={"encoder": {"mm_tokens_per_image": 4, "vision_config": {"image_size": 32}}},
+        inputs=image_tokens(4, decoder_input_ids=token_ids(4), pixel_values=normal(1, 3, 32, 32)),
+    ),
+    "udop": Tiny(
+        inputs=lambda model: {
+            "input_ids": token_ids(9),
+            "bbox": torch.rand(1, 9, 4, generator=torch.Generator().manual_seed(3)).sort(-1).values,
+            "decoder_input_ids": token_ids(4),
+        }
+    ),
+    "unlimited_ocr": Tiny(
+        config={
+            "vision_config": {
+                "sam_config": {
+                    "image_size": 64,
+                    "output_channels": 16,
+                    "global_attn_indexes": [1],
+                    "downsample_channels": [24, 32],
+                }
+            }
+        },
+        inputs=image_tokens(7, pixel_values=normal(1, 3, 64, 64)),
+    ),
+    "video_llava": Tiny(inputs=image_tokens(4)),
+    "vipllava": Tiny(config={"vision_feature_layers": [-2, -1, 1]}, inputs=image_tokens(4)),
+    "vision-encoder-decoder": Tiny(
+        config={"decoder": {"is_decoder": True, "add_cross_attention": True}},
+        inputs=lambda model: {"decoder_input_ids": token_ids(4)},
+    ),
+}
