@@ -1,6 +1,7 @@
-"""Which tensors are activations, and the two marks that ride on them.
+"""Which tensors are activations, and the marks that ride on them.
 
-A tensor is marked "gate" where it is the output of an activation function, and "weights" where it is a softmax's.
+A tensor is marked "gate" where it is the output of an activation function, "weights" where it is a softmax's, and
+"shifted" where it is an activation plus a number (lxt.shifted).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ A model's forward runs inside the mode. For each operation:
  4. a function that torch implements in Python is entered, and its parts get their rules;
  5. anything else that returns something differentiable raises UnknownOperation.
 
-An activation is a tensor that requires grad: parameters don't while a patched model runs. Two marks ride on tensors:
-`gate`, the output of an activation function, and `weights`, the output of a softmax.
+An activation is a tensor that requires grad: parameters don't while a patched model runs. Marks ride on tensors:
+`gate`, `weights` and `shifted` (lxt.marks).
 """
 
 from __future__ import annotations

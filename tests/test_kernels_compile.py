@@ -27,6 +27,7 @@ def compiled(tmp_path: Path) -> list[dict]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_three_generations(tmp_path):
     results = compiled(tmp_path)
     assert {result["target"] for result in results} == {80, 90, 100}

@@ -50,7 +50,7 @@ class Record:
         conservation: composite -> sum of relevance to the explained logit.
         audit: composite -> relevance to the auditor's.
         unknown: operations without a rule, and nodes unknown to the auditor.
-        checkpointing: relevance with checkpointing to that without; None where the model has none.
+        checkpointing: relevance with checkpointing to that without; None where the model has none or fails with it.
         control: sum of the bare model's gradient × input to the logit.
         parameters: how many the tiny model has.
         sources: how many tensors relevance ended at.
@@ -205,9 +205,24 @@ def _checkpoint(
 ) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         return
-    with _checkpointing(model), monkey_patch(model, ATTN_LRP):
-        _, _, again = _relevance(explained, sources, index)
+    try:
+        with _checkpointing(model), monkey_patch(model, ATTN_LRP):
+            _, _, again = _relevance(explained, sources, index)
+    except Exception:
+        if _can_checkpoint(model, explained, sources):
+            raise
+        return
     record.checkpointing = _distance(again, found)
+
+
+def _can_checkpoint(model: Any, explained: Explained, sources: dict[str, Tensor]) -> bool:
+    """Whether the bare model runs with checkpointing: some read a cache, which that leaves out."""
+    with _checkpointing(model):
+        try:
+            explained(**sources)
+        except Exception:
+            return False
+    return True
 
 
 @contextmanager

@@ -30,7 +30,8 @@ FIELDS: dict[str, Any] = {
         decoder_hidden_size encoder_hidden_size text_embed_dim d_embed lru_width projection_dim vision_embed_dim
         proj_hidden_size projection_hidden_size projector_hidden_size text_hidden_size vision_hidden_size adapter_in_dim
         adapter_out_dim adapter_input_size mm_hidden_size out_hidden_size output_size hidden_dim
-        intermediate_hidden_size embedding_dim entity_emb_size connector_hidden_size input_embedding_size hidden_features""" ),
+        intermediate_hidden_size embedding_dim entity_emb_size connector_hidden_size input_embedding_size
+        hidden_features""" ),
     **_fields(HEADS, """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
         num_encoder_attention_heads num_decoder_attention_heads attention_heads num_attn_heads"""),
     **_fields(2, "num_key_value_heads num_kv_heads n_kv_heads num_global_key_value_heads"),
@@ -57,7 +58,8 @@ FIELDS: dict[str, Any] = {
     **_fields(8, "patch_size"),
     **_fields(8, "state_size ssm_state_size mamba_d_state linear_key_head_dim linear_value_head_dim"),
     **_fields(2, "linear_num_key_heads linear_num_value_heads "),
-    **_fields(4, "time_step_rank mamba_dt_rank mamba_n_heads linear_num_heads swa_num_attention_heads sliding_window_size rel_extent rotary_dim index_topk mamba_chunk_size"),
+    **_fields(4, """time_step_rank mamba_dt_rank mamba_n_heads linear_num_heads swa_num_attention_heads
+        sliding_window_size rel_extent rotary_dim index_topk mamba_chunk_size"""),
     **_fields(8, "linear_head_dim swa_head_dim index_head_dim laurel_rank hidden_size_per_layer_input adapter_rank"),
     **_fields(2, "index_n_heads swa_num_key_value_heads"),
     **_fields(2 * HIDDEN, "mamba_d_ssm"),

@@ -68,11 +68,10 @@ def cases() -> dict[str, Callable[[], Any]]:
     """What is compiled: the shapes of Llama-like, Phi-3-like and GPT-2-like models."""
     bf16, fp32 = torch.bfloat16, torch.float32
     found: dict[str, Callable[[], Any]] = {}
-    for form in ("silu", "gelu", "gelu_tanh", "tanh", "mish"):
-        for dtype in (bf16, fp32):
-            found[f"identity {form} {short(dtype)}"] = lambda form=form, dtype=dtype: backward(
-                lambda x: identity.identity(x, F.silu, form), numbers(4, 4096, dtype)
-            )
+    for form, dtype in (("silu", bf16), ("gelu", bf16), ("gelu", fp32), ("tanh", bf16), ("mish", bf16)):
+        found[f"identity {form} {short(dtype)}"] = lambda form=form, dtype=dtype: backward(
+            lambda x: identity.identity(x, F.silu, form), numbers(4, 4096, dtype)
+        )
     for form, dtype in (("silu", bf16), ("silu", fp32), ("gelu_tanh", bf16), ("gelu", bf16)):
         found[f"gated_product {form} {short(dtype)}"] = lambda form=form, dtype=dtype: backward(
             lambda g, u: gated_product.gated_product(g, u, F.silu, form, False, False),
@@ -105,8 +104,8 @@ def cases() -> dict[str, Callable[[], Any]]:
             lambda x: rotary.rotary(x, numbers(1, 16, width, bf16), numbers(1, 16, width, bf16), 0.25),
             numbers(1, 16, 4, width, bf16).transpose(1, 2),
         )
-    for dtype in (bf16, fp32):
-        for width in (64, 80, 96, 128, 192, 256):
+    for dtype, widths in ((bf16, (64, 80, 128, 192, 256)), (fp32, (64, 128, 256))):
+        for width in widths:
             found[f"value_attention {short(dtype)} {width}"] = lambda width=width, dtype=dtype: attention(width, dtype)
     masks = {"bool": torch.ones(1, 1, 16, 16, dtype=torch.bool), "sum": torch.zeros(1, 1, 16, 16, dtype=bf16)}
     found["value_attention bf16 128, mask"] = lambda: attention(128, bf16, masks["bool"])

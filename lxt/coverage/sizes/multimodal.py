@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,18 @@ def _without(*names: str) -> Callable[[nn.Module], None]:
                 buffer.zero_()
 
     return prepare
+
+
+def _robot(model: Any) -> dict[str, Any]:
+    """A picture, an order, the robot's state and the noise that becomes its actions."""
+    return {
+        **prompt(model, 4, token=model.config.vlm_config.image_token_index),
+        "pixel_values": normal(1, 1, 3, 16, 16),
+        "state": normal(1, 32, seed=3),
+        "noise": normal(1, 4, 32, seed=4),
+        "timestep": torch.tensor([1]),
+        "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
 
 
 MULTIMODAL: dict[str, Tiny] = {
@@ -83,6 +96,14 @@ MULTIMODAL: dict[str, Tiny] = {
             },
         },
         inputs=image_tokens(72, pixel_values=normal(1, 3, 16, 16), image_sizes=torch.tensor([[16, 16]])),
+    ),
+    "evolla": Tiny(
+        config={"aligner_num_add_layers": 1, "resampler_depth": 2, "resampler_num_latents": 4, "resampler_dim_head": 8},
+        inputs=lambda model: {
+            "protein_input_ids": token_ids(6, seed=3),
+            "protein_attention_mask": torch.ones(1, 6, dtype=torch.long),
+            "pixel_values": None,
+        },
     ),
     "florence2": Tiny(
         config={
@@ -214,14 +235,7 @@ MULTIMODAL: dict[str, Tiny] = {
     "paligemma": Tiny(inputs=image_tokens(4)),
     "pi0": Tiny(
         config={"chunk_size": 4},
-        inputs=lambda model: {
-            **prompt(model, 4, token=model.config.vlm_config.image_token_index),
-            "pixel_values": normal(1, 1, 3, 16, 16),
-            "state": normal(1, 32, seed=3),
-            "noise": normal(1, 4, 32, seed=4),
-            "timestep": torch.tensor([1]),
-            "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
-        },
+        inputs=_robot,
     ),
     "pp_chart2table": Tiny(
         config={"vision_config": {"image_size": 64, "output_channels": 24, "global_attn_indexes": [1]}},
