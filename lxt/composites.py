@@ -72,7 +72,8 @@ class Composite:
             sigmoid, and as `attention="value_only"` does with every softmax.
         recurrence: state-space layers and linear attention. `value_only` takes all that steers the state, step sizes,
             decays, B and C, keys and queries, as constants (MambaLRP, arXiv 2406.07592); `uniform` shares relevance
-            equally between the values and what reads the state, C or the queries; `gradient` stops nothing.
+            equally between the values and what reads the state, C or the queries; `gradient` stops nothing. It reaches
+            recurrences that transformers computes in a function of their own (docs/recurrences.md lists them).
         linear: the rule of linear and convolution layers; `Epsilon(0)` is the plain gradient.
         convolution: the rule of convolutions, where it isn't that of linear layers.
         name: how the composite is called in results and messages.

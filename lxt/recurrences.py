@@ -61,12 +61,28 @@ _WRAPPERS = "hub_kernels.py"  # where transformers wraps a function that a kerne
 
 
 def recurrent_forward(module: nn.Module, composite: Composite) -> Callable | None:
-    """The module's forward with recurrences under the rule and without fused kernels; None where it has neither."""
+    """The module's forward with recurrences under the rule and without fused kernels; None where it has neither.
+
+    Raises:
+        ValueError: the recurrence is written as older versions of transformers have it, where it can't be reached.
+    """
+    if composite.recurrence != "gradient" and _is_of_old(module):
+        raise ValueError(
+            f"{type(module).__name__} writes its recurrence as older versions of transformers do, where "
+            f"Composite(recurrence={composite.recurrence!r}) can't reach it; use transformers 5.23 or newer, or "
+            'composite.but(recurrence="gradient")'
+        )
     forward = type(module).forward
     if tuple(inspect.signature(forward).parameters)[:6] == _MATRIX_MEMORY:
         memory = _Recurrence("query", ("value", "c_initial", "n_initial", "m_initial"))
         return _under_rule(forward, memory, composite)
     return _seeing(forward, composite)
+
+
+def _is_of_old(module: nn.Module) -> bool:
+    """Whether the scan is a method, or the delta rule an attribute, and not a function of the modeling file."""
+    methods = any(hasattr(type(module), name) for name in ("slow_forward", "torch_forward"))
+    return hasattr(module, "A_log") and (methods or "chunk_gated_delta_rule" in vars(module))
 
 
 def _seeing(forward: Callable, composite: Composite) -> Callable | None:

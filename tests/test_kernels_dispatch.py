@@ -34,7 +34,7 @@ class FakeTensor:
 def a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "_runs_kernels", lambda device: True)
     monkeypatch.setattr(dispatch, "_is_plain", lambda x: isinstance(x, FakeTensor))
-    monkeypatch.delenv("LXT_KERNELS", raising=False)
+    monkeypatch.setenv("LXT_KERNELS", "exact")
 
 
 def test_tensors_of_the_cpu_have_no_kernel():
@@ -59,6 +59,8 @@ def test_what_a_kernel_can_not_read_runs_eagerly(a_gpu, others):
 
 
 def test_the_environment_says_how_far_kernels_go(a_gpu, monkeypatch):
+    monkeypatch.delenv("LXT_KERNELS")
+    assert dispatch.kernel("rms_norm", FakeTensor()) is None
     monkeypatch.setenv("LXT_KERNELS", "off")
     assert dispatch.kernel("rms_norm", FakeTensor()) is None
     monkeypatch.setenv("LXT_KERNELS", "fast")
@@ -154,8 +156,8 @@ def test_a_kernel_that_fails_says_so(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
-def test_on_a_gpu_kernels_run_by_themselves(monkeypatch):
-    monkeypatch.delenv("LXT_KERNELS", raising=False)
+def test_on_a_gpu_kernels_run_when_asked_for(monkeypatch):
+    monkeypatch.setenv("LXT_KERNELS", "exact")
     x = torch.ones(2, 4, device="cuda", requires_grad=True)
     y = rules.rms_norm(x, torch.ones(4, device="cuda"), 1e-6)
     assert y.grad_fn is not None

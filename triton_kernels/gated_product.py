@@ -3,7 +3,7 @@
  1. Forward: the activation and the product as the model has them. With `exact=False` both are one kernel, which may
     differ from the model's in the last bit, as its exp does from the GPU library's.
  2. Backward: one pass reads gate, up and c_y and writes c_gate = f(gate)/gate * up * c_y / 2 and
-    c_up = f(gate) * c_y / 2; the eager twin needs eight passes.
+    c_up = f(gate) * c_y / 2; the eager twin takes eleven for SiLU.
  3. With `stop_gate` (CP-LRP, arXiv 2202.07304) the backward is one product with the saved f(gate): torch's own.
 f(gate) is rounded to the gate's dtype before it meets another factor, as the model rounds it.
 """

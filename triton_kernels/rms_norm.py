@@ -1,7 +1,7 @@
 """RMSNorm with 1/sigma as a constant (AttnLRP, arXiv 2402.05602, Prop. 3.4): y = x / sigma * weight.
 
  1. 1/sigma = rsqrt(mean(x^2) + eps) of each row, in float32. By torch, so that it is the model's to the last bit; with
-    `exact=False` by the kernel, which adds in another order and reads x once from memory instead of six times.
+    `exact=False` by the kernel, which adds in another order and spares torch's passes over x.
  2. One pass scales the row, with the casts of the architecture: they can't change a bit, as only products remain.
  3. Backward: c_x = c_y * weight / sigma in one pass over c_y; only 1/sigma was saved.
 A program takes several short rows (the norms of queries and keys) or a part of a long one.
