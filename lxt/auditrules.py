@@ -34,6 +34,8 @@ from lxt.composites import Composite
 __all__ = ["Treatment", "treatments"]
 
 _NORMS = frozenset({"FusedRmsNorm", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm"})
+# What an activation plus a number stays one behind, where all that goes in is one.
+_SHIFT_CARRIERS = frozenset({"Cat", "ConstantPadNd", "Cumsum", "Mean", "Stack", "Sum", "Where"})
 _SOLVES = frozenset({"LinalgSolveEx", "LinalgSolveTriangular"})
 _SAMPLERS = frozenset({"CudnnGridSampler", "GridSampler2D", "GridSampler3D"})
 _ATTENTION = frozenset({"CudnnAttention", "EfficientAttention", "FlashAttention"})
@@ -82,6 +84,7 @@ class _Rules:
         self.graph, self.composite = graph, composite
         self.constant: set[Node] = set()
         self.treatments: dict[Node, Treatment] = {}
+        self.scaled: dict[Node, int] = {}  # products with a shifted factor -> the edge of the other one
 
     def decide(self, node: Node) -> Treatment:
         name, composite, calls = kind(node), self.composite, self.graph.calls
@@ -146,6 +149,11 @@ class _Rules:
             return Treatment("gate")
         if name in MATMULS and composite.attention == "gradient":
             return Treatment("gradient")  # attention is what multiplies matrices of activations
+        stopped = [e for e in live if composite.product != "gradient" and self._shifts(graph.edges(node)[e])]
+        if 0 < len(stopped) < len(live):
+            if name == "Mul":
+                self.scaled[node] = next(edge for edge in live if edge not in stopped)
+            return Treatment("gate", {edge: float(edge not in stopped) for edge in live})
         if name in MATMULS and composite.attention != "value_only":
             weights = [edge for edge in live if graph.softmax_behind(operands[edge])]
             if len(weights) == 1:
@@ -155,11 +163,10 @@ class _Rules:
         origins = {edge: self._origin(graph.edges(node)[edge]) for edge in live}
         if composite.norm == "gradient" and any(graph.is_statistic(origin) for origin in origins.values()):
             return Treatment("gradient")
-        stopped = [e for e in live if composite.product != "gradient" and graph.is_scalar_sum(origins[e])]
         if name == "Mul" and composite.router == "stop":
-            stopped += [edge for edge in live if graph.softmax_behind(operands[edge])]
-        if 0 < len(set(stopped)) < len(live):
-            return Treatment("gate", {edge: float(edge not in stopped) for edge in live})
+            weights = [edge for edge in live if graph.softmax_behind(operands[edge])]
+            if 0 < len(weights) < len(live):
+                return Treatment("gate", {edge: float(edge not in weights) for edge in live})
         if composite.product == "gradient":
             return Treatment("gradient")
         # a gate gates element by element
@@ -172,9 +179,13 @@ class _Rules:
         """Where a factor comes from, behind what the rules have made constant factors, powers and bounds."""
         while True:
             slot = self.graph.origin(slot)
+            edges = self.graph.edges(slot[0])
+            if slot[0] in self.scaled:
+                slot = edges[self.scaled[slot[0]]]
+                continue
             live = [
                 following
-                for following in self.graph.edges(slot[0])
+                for following in (edges[:1] if kind(slot[0]) == "Div" else edges)  # what divides is a constant
                 if following[0] is not None and following[0] not in self.constant
             ]
             scaled = kind(slot[0]) in {"Mul", "Div"} and slot[0] not in self.graph.activations
@@ -183,6 +194,26 @@ class _Rules:
             if len(live) != 1 or not (scaled or power or bounded):
                 return slot[0]
             slot = live[0]
+
+    def _shifts(self, slot: Slot) -> bool:
+        """Whether a value is an activation plus a number, or made of such values and constants alone."""
+        stack, seen = [slot], set[Node]()
+        while stack:
+            node = self._origin(stack.pop())
+            if node in seen or self.graph.is_scalar_sum(node):
+                continue
+            seen.add(node)
+            live = [edge for edge, operand in self.graph.operands(node) if operand not in self.constant]
+            factors = [edge for edge in live if edge in PRODUCTS.get(kind(node), ())]
+            made = kind(node) in _SHIFT_CARRIERS or (len(factors) > 1 and self._is_shared(node))
+            if not live or not made or node in self.graph.calls.exits:
+                return False
+            stack += [self.graph.edges(node)[edge] for edge in live]
+        return True
+
+    def _is_shared(self, node: Node) -> bool:
+        """Whether a product has a rule: as a matrix product it is attention, which may be differentiated."""
+        return kind(node) not in MATMULS or self.composite.attention != "gradient"
 
     def _qkv(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """(weights, value) and (query, key) factors of the two products whose combination is `qkv`."""
@@ -231,8 +262,7 @@ class _Rules:
     def _is_shifted(self, node: Node) -> bool:
         """Whether a function is applied to an activation plus a number, and so isn't 0 where the activation is."""
         bound = kind(node) in {"Clamp", "ClampMax", "ClampMin"}
-        shifted = self.graph.is_scalar_sum(self._origin(self.graph.edges(node)[0]))
-        return shifted and not bound and self.composite.product != "gradient"
+        return not bound and self.composite.product != "gradient" and self._shifts(self.graph.edges(node)[0])
 
     def _written_activation(self, node: Node) -> Treatment:
         """For x * g(x), g element-wise, f(x)/x is g(x), which is the product's own gradient with g a constant."""

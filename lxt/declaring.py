@@ -28,6 +28,7 @@ __all__ = ["declare", "run_declared"]
 
 Thing = TypeVar("Thing")
 Rule = str | Callable[..., Any]
+_WRAPPER = "_lxt_wrapper"  # names, on the wrapper of a declared function, the wrapper itself
 _SLOTS = {"attention": ("query q query_states", "key k key_states", "value v value_states")}
 
 
@@ -111,7 +112,8 @@ def _declare(thing: Any, rule: Any) -> Any:
             f"{name} can't have a rule: declare a function, an nn.Module, a class of them, a torch.autograd.Function, "
             "or a torch operation"
         )
-    function = thing.__wrapped__ if declaration_of(thing) is not None else thing
+    # functools.wraps copies attributes, so a decorator over a wrapper seems to be one
+    function = thing.__wrapped__ if getattr(thing, _WRAPPER, None) is thing else thing
     return function if rule is None else _wrapped(function, _declaration(function, rule, name))
 
 
@@ -121,6 +123,7 @@ def _wrapped(function: Callable, declaration: Declaration) -> Callable:
         return run_declared(declaration, function, args, kwargs)
 
     attach(declared, declaration)
+    setattr(declared, _WRAPPER, declared)
     return declared
 
 
@@ -147,7 +150,11 @@ def _declare_module(module: Any, rule: Any, name: str) -> Any:
 
 def _declare_autograd_function(function: Any, rule: Any, name: str) -> Any:
     if declaration_of(function) is not None:
-        del function.apply
+        former = getattr(vars(function)["apply"], "former", None)
+        if former is None:
+            del function.apply
+        else:
+            function.apply = former
     attach(function, None)
     if rule is None:
         return function
@@ -160,9 +167,17 @@ def _declare_autograd_function(function: Any, rule: Any, name: str) -> Any:
             return bound(*args, **kwargs)
         return run_declared(declaration, bound, args, kwargs)
 
-    function.apply = classmethod(declared_apply)
+    function.apply = _DeclaredApply(declared_apply, vars(function).get("apply"))
     attach(function, declaration)
     return function
+
+
+class _DeclaredApply(classmethod):
+    """The `apply` of a declared autograd function, with the one of its own that it had before, if it had one."""
+
+    def __init__(self, declared: Callable, former: Any) -> None:
+        super().__init__(declared)
+        self.former = former
 
 
 def _has_setup_context(function: Any) -> bool:

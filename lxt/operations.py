@@ -19,7 +19,7 @@ from lxt.attention import scaled_dot_product_attention
 from lxt.coefficients import ratio
 from lxt.composites import Composite, Epsilon, Gamma
 from lxt.marks import activations, copy_mark, is_activation, mark, mark_of
-from lxt.shifted import constant_if_shifted, shifted_is_constant
+from lxt.shifted import constant_if_shifted, keep_shifted, shifted_is_constant
 
 __all__ = ["Handler", "handlers", "without_dropout"]
 
@@ -160,6 +160,10 @@ def _linear_layer(
     return linear_rules.linear(x, weight, bias, lambda x, w, b: func(x, w, b, *rest, **kwargs), rule)
 
 
+def _plain(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 def _keep_weights(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What is put together of softmax weights alone is softmax weights."""
     weights = {mark_of(operand) for operand in activations((args, kwargs))} == {"weights"}
@@ -237,7 +241,11 @@ def _set_item(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _overwrite(target: Tensor, result: Tensor) -> Tensor:
     """`result` in the memory of `target`; a constant leaves no activation behind."""
-    if not result.requires_grad and target.requires_grad and not target._is_view():
+    constant = not result.requires_grad and target.requires_grad
+    if constant and target._is_view():
+        # torch can't detach a part: it goes on as a factor that is a constant where another is none
+        return mark(target.copy_(result), "shifted")
+    if constant:
         target.detach_()
     return mark(target.copy_(result), mark_of(result))
 
@@ -478,6 +486,8 @@ def handlers(composite: Composite, operations: Mapping[str, str]) -> dict[str, H
     if composite.product != "gradient":
         use(("add_", "__iadd__", "sub_", "__isub__"), _scalar_sum_in_place)
     use(opnames.WEIGHT_KEEPING, _keep_weights)
+    if composite.product != "gradient":
+        table |= {name: keep_shifted(table.get(name, _plain)) for name in opnames.SHIFT_KEEPING}
     table |= {"copy_": _copy, "__setitem__": _set_item}
     table = {name: _only_activations(handler) for name, handler in table.items()}
     use(opnames.DROPOUTS, _no_dropout)

@@ -26,6 +26,7 @@ __all__ = [
     "PRODUCTS",
     "REVERSE_DIVISIONS",
     "SCALAR_SUMS",
+    "SHIFT_KEEPING",
     "SOFTMAX",
     "SOLVES",
     "SUMS_OF_PRODUCT",
@@ -50,7 +51,7 @@ MARK_KEEPING = _names(
     swapdims expand expand_as broadcast_to contiguous clone to type type_as float double half bfloat16 cpu cuda chunk
     split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind select narrow __getitem__ index_select gather
     take take_along_dim topk sort repeat repeat_interleave tile roll flip rot90 masked_fill masked_select alias
-    _to_copy view_as_real view_as_complex T mT H mH"""
+    _to_copy view_as_real view_as_complex T mT H mH tril triu neg negative"""
 )
 
 # What softmax weights are put together with: a router's, before they meet the experts.
@@ -59,14 +60,19 @@ WEIGHT_KEEPING = _names(
     index_put index_put_ sum max amax pad constant_pad_nd as_strided"""
 )
 
+# What an activation plus a number is summed up, masked or put together with, as in linear attention (lxt.shifted).
+SHIFT_KEEPING = _names(
+    """sum mean cumsum where cat concat concatenate stack hstack vstack dstack column_stack pad constant_pad_nd"""
+)
+
 # The plain gradient is the rule: linear maps, selections, homogeneous functions of degree one, losses and queries.
 LINEAR = _names(
-    """add __add__ __radd__ __iadd__ add_ sub subtract __sub__ sub_ __isub__ rsub __rsub__ neg negative neg_ positive
+    """add __add__ __radd__ __iadd__ add_ sub subtract __sub__ sub_ __isub__ rsub __rsub__ neg_ positive
     sum nansum mean nanmean cumsum diff trapezoid cat concat concatenate stack hstack vstack dstack column_stack
     block_diag index_add index_add_ index_put index_put_ _index_put_impl_ index_copy index_copy_ index_fill index_fill_
     scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_reduce index_reduce_
     select_scatter slice_scatter diagonal_scatter masked_scatter
-    masked_scatter_ masked_fill_ __setitem__ copy_ where pad constant_pad_nd tril triu tril_ triu_ diagonal diag
+    masked_scatter_ masked_fill_ __setitem__ copy_ where pad constant_pad_nd tril_ triu_ diagonal diag
     diag_embed trace meshgrid unfold fold im2col col2im as_strided swapaxes_ squeeze_ unsqueeze_ transpose_ t_
     embedding embedding_bag max min amax amin maximum minimum fmax fmin aminmax median mode kthvalue abs absolute abs_
     nan_to_num nan_to_num_ avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d max_pool1d

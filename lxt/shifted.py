@@ -1,8 +1,10 @@
 """A number added to an activation, as in (up + 1) * glu or 1 + tanh(x): a gate where it is a factor, else a bias.
 
 The sum is marked "shifted". With no input it still has a value, so a product with it has relevance for the other
-factor only, and a function of it is a constant. In a linear map the number takes its share, as biases do: images are
-centred that way, and their pixels must not lose their relevance.
+factor only, and a function of it is a constant. So has a product of nothing but shifted factors, which is shifted too:
+in linear attention, (elu(q) + 1) (elu(k) + 1)^T v, the values take all. The mark stays on what only masks, scales, sums
+up or puts together. In a linear map the number takes its share, as biases do: images are centred that way, and their
+pixels must not lose their relevance.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lxt import rules
-from lxt.marks import activations, is_activation, mark_of
+from lxt.marks import activations, is_activation, mark, mark_of
 
-__all__ = ["constant_if_shifted", "shifted_is_constant"]
+__all__ = ["constant_if_shifted", "keep_shifted", "shifted_is_constant"]
 
 _Handler = Callable[[Callable, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -32,7 +34,20 @@ def shifted_is_constant(handler: _Handler, summands: int = 0) -> _Handler:
         if 0 < shifted < len(factors):
             args = (*args[:summands], *map(_stopped, args[summands:]))
             kwargs = {name: _stopped(value) for name, value in kwargs.items()}
+        elif shifted > 1 and all(mark_of(summand) == "shifted" for summand in activations(args[:summands])):
+            return mark(handler(func, args, kwargs), "shifted")
         return handler(func, args, kwargs)
+
+    return handle
+
+
+def keep_shifted(handler: _Handler) -> _Handler:
+    """The handler of what sums up or puts together: of shifted operands alone, the result is shifted."""
+
+    def handle(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shifted = all(mark_of(operand) == "shifted" for operand in activations((args, kwargs)))
+        result = handler(func, args, kwargs)
+        return mark(result, "shifted") if shifted else result
 
     return handle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import runpy
 import threading
@@ -214,6 +215,35 @@ def test_a_decorator_gives_back_what_it_decorates():
     _, expected = of_the_patched(Mixer(attention), "attnlrp", x)
     for attend in (lambda query, key, value: Mine.apply(query, key, value), Module(), function):
         assert_same(of_the_patched(Mixer(attend), "attnlrp", x)[1], expected)
+
+
+def test_an_apply_of_its_own_comes_back():
+    class Doubled(FusedAttention):
+        @classmethod
+        def apply(cls, *args):
+            return 2 * super().apply(*args)
+
+    before, (q, k, v), (x,) = vars(Doubled)["apply"], some((4, 3), (4, 3), (4, 3)), some((6, 4))
+    lxt.declare(lxt.declare(Doubled, "linear"), "attention")
+    assert_same(Doubled.apply(q, k, v), 2 * attention(q, k, v))
+    by_hand = Mixer(lambda query, key, value: 2 * attention(query, key, value))
+    declared = Mixer(lambda query, key, value: Doubled.apply(query, key, value))
+    assert_same(of_the_patched(declared, "attnlrp", x)[1], of_the_patched(by_hand, "attnlrp", x)[1])
+    lxt.declare(Doubled, None)
+    assert vars(Doubled)["apply"] is before
+    assert_same(Doubled.apply(q, k, v), 2 * attention(q, k, v))
+
+
+def test_a_decorator_over_a_declared_function_is_not_what_was_declared():
+    inner = lxt.declare(kernel(attention), "attention")
+
+    @functools.wraps(inner)  # which copies the wrapper's attributes
+    def outer(query, key, value):
+        return 2 * inner(query, key, value)
+
+    assert lxt.declare(outer, None) is outer
+    assert lxt.declare(outer, "attention").__wrapped__ is outer
+    assert lxt.declare(lxt.declare(outer, "attention"), None) is outer
 
 
 def test_a_subclass_that_computes_something_else_has_no_rule():

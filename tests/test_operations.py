@@ -388,6 +388,8 @@ RIDES = {
     "masked": lambda g: g.masked_fill(CONSTANT > 1, 0.0),
     "masked in place": lambda g: g.masked_fill_(CONSTANT > 1, 0.0),
     "expanded": lambda g: g.unsqueeze(0).expand(1, ROWS, COLUMNS)[0],
+    "a triangle": lambda g: g.tril(1),
+    "with the other sign": lambda g: -g,
 }
 ACTIVATIONS = {
     "silu": F.silu,

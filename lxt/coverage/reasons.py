@@ -30,7 +30,7 @@ REASONS: dict[str, str] = {
     "image-text/gemma3n": _TIMM,
     "image-text/perception_lm": _TIMM,
     "image-text/ovis2": (
-        "image tokens are a softmax over a visual vocabulary times a table, so relevance ends there once the softmax is "
+        "image tokens are a softmax over a visual vocabulary times a table, so relevance ends there with the softmax "
         "stopped; logits, auditor and checkpointing agree"
     ),
 }

@@ -96,7 +96,7 @@ def shrunk(config_class: type, changes: Mapping[str, Any] | None = None, ids: li
         elif name in _LOW_IDS and value is not None:
             values[name] = _LOW_IDS[name]
         elif _is_token_id(name, value):
-            values[name] = ids.pop() if isinstance(value, int) else [ids.pop() for _ in value]
+            values[name] = ids.pop() if isinstance(value, int) else [ids.pop() for _ in list(value or ())]
         elif name in FIELDS and value is not None and not isinstance(value, (list, tuple, dict)):
             values[name] = int(FIELDS[name]) if type(value) is int else FIELDS[name]
     if values.get("kv_lora_rank") and "num_key_value_heads" in values:
