@@ -140,6 +140,7 @@ def coverage(
 ) -> None:
     """Build every architecture of transformers tiny, and prove its relevance: docs/architectures.md has the result."""
     from lxt.coverage.command import cover, selected
+    from lxt.coverage.reasons import REASONS
     from lxt.coverage.runner import Limits
 
     with _silent_libraries("tiny"):
@@ -150,8 +151,8 @@ def coverage(
     if fresh:
         records.unlink(missing_ok=True)
     found = cover(subjects, records, report, workers, Limits(seconds, int(memory * 2**30)))
-    if not all(record.proven for record in found):
-        raise typer.Exit(1)
+    if not all(record.proven or record.key in REASONS for record in found):
+        raise typer.Exit(1)  # something is unproven that has no known reason
 
 
 @app.callback(invoke_without_command=True)

@@ -72,7 +72,8 @@ tiny, with random weights and zero biases in float64, and patched. **{PROVEN}** 
 5. relevance is the same with gradient checkpointing, where the model has it.
 
 **{PARTLY}** means that the model runs under the rules, but something of this doesn't hold, **{FAILED}** that it does
-not run; the reason stands beside it. Relevance is summed over all embeddings, pixels, sound and learned tokens. A row
+not run; the reason stands beside it. Relevance is summed over all embeddings, pixels, sound and learned tokens.
+Numbers that a model's code adds, such as computed positions, count as biases. A row
 says nothing about other attention implementations than the model's default one, or about other precisions:
 `lxt check MODEL` tries your own model."""
 
