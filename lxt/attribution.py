@@ -224,8 +224,9 @@ class Attribution:
         """
         if self.checker is None:
             raise RuntimeError(
-                "this Attribution doesn't know its model any more (it was loaded from a file or built by hand), so "
-                "there is nothing to check it against; call check() on what Attributor.attribute returned"
+                "this Attribution doesn't know its model any more (it was loaded from a file, built by hand, or is one "
+                "step of attribute_steps), so there is nothing to check it against; call check() on what "
+                "Attributor.attribute returned"
             )
         return self.checker()
 

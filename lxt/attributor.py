@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from lxt.attribution import Attribution, Explained, Prediction
 from lxt.compiling import uncompiled
 from lxt.composites import Composite, resolve
-from lxt.conversations import shows_images
+from lxt.conversations import refuse_missing_images, shows_images
 from lxt.imagegeometry import image_relevances
 from lxt.images import ImageExplainer, ImageRequest, image_request, tokens_of
 from lxt.inputs import Row, batches, check, read, task
@@ -150,9 +150,9 @@ class Attributor:
         wanted = names(latents)
         if images is not None or task(self.model) == "image" or shows_images(inputs):
             return self._attribute_images(inputs, images, target, contrast, wanted, batch_size)
-        rows, goals = resolve_targets(
-            target, contrast, read(inputs, self.model, self.tokenizer), self.model, self.tokenizer
-        )
+        prompts = read(inputs, self.model, self.tokenizer)
+        refuse_missing_images(prompts, self.model)
+        rows, goals = resolve_targets(target, contrast, prompts, self.model, self.tokenizer)
         check(rows, self.model, " with its target")
         request = Request(rows, goals, batches(rows, self.model, batch_size), wanted)
         results, predictions = [], []

@@ -120,7 +120,7 @@ def models(debug: Debug = False) -> None:
     print("tiny: the bundled model; no download")
     print("Architectures with a map (config.model_type), and what runs fused there:")
     for name, patch_map in sorted(known.items()):
-        print(f"  {name:<14}{', '.join(patch_map.forwards) or '(all by the operator mode)'}")
+        print(f"  {name:<17}{', '.join(patch_map.forwards) or '(all by the operator mode)'}")
     print("Any other model runs under the operator mode alone; `lxt check MODEL` says how well.")
 
 
@@ -130,7 +130,9 @@ def coverage(
     type_: Annotated[list[str] | None, typer.Option("--type", help="config.model_type; repeatable")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="one or two types for each mechanism")] = False,
     list_: Annotated[bool, typer.Option("--list", help="print what would be tried, and stop")] = False,
-    records: Annotated[Path, _file("where records go; a run goes on after them")] = Path("out/coverage.jsonl"),
+    records: Annotated[Path, _file("where records go, and where a run goes on; default: out/coverage.jsonl")] = Path(
+        "out/coverage.jsonl"
+    ),
     fresh: Annotated[bool, typer.Option("--fresh", help="start over, without the records of before")] = False,
     report: Annotated[Path | None, _file("write the table (.md) here, and its numbers beside it (.json)")] = None,
     workers: Annotated[int, typer.Option(min=1, help="how many at a time")] = 2,

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lxt.inputs import Model, task
+from lxt.inputs import Model, Row, task
 from lxt.pixels import PIXELS, raw_image, sees
 
-__all__ = ["conversations", "image_token", "shows_images"]
+__all__ = ["conversations", "image_token", "refuse_missing_images", "shows_images"]
 
 
 def shows_images(inputs: object) -> bool:
@@ -27,6 +27,20 @@ def shows_images(inputs: object) -> bool:
     if isinstance(inputs, (list, tuple)):
         return any(shows_images(item) for item in inputs)
     return isinstance(inputs, Path) or type(inputs).__module__.split(".")[0] == "PIL"
+
+
+def refuse_missing_images(rows: Sequence[Row], model: Model) -> None:
+    """Check that no prompt without images has a place for one, which would be explained as a word.
+
+    Raises:
+        ValueError: one has.
+    """
+    mark = image_token(model) if sees(model) else None
+    if mark is not None and any(mark in row.ids for row in rows):
+        raise ValueError(
+            f"the prompt has a place for an image (the token {mark}), and no image was given: attribute(text, "
+            "images=image)"
+        )
 
 
 def conversations(inputs: Any, images: Any, model: Model, processor: Any) -> list[dict[str, Any]]:

@@ -121,6 +121,11 @@ def raw_image(image: object, model: Model) -> Any:
             f"an image has three dimensions, {'[height, width, channel]' if last else '[channel, height, width]'}, got "
             f"{array.shape}; for a grey one, repeat it over {count or 'the'} channels"
         )
+    if count is not None and last and array.shape[-1] != count == array.shape[0]:
+        raise ValueError(
+            f"the image of shape {array.shape} has its channels first; a numpy array is [height, width, channel]: "
+            "image.transpose(1, 2, 0)"
+        )
     if count is not None and array.shape[-1 if last else 0] != count:
         raise ValueError(
             f"the image of shape {array.shape} has {array.shape[-1 if last else 0]} channels, and "

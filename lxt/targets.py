@@ -318,7 +318,7 @@ class _Resolver:
             )
         raise ValueError(
             f"a masked language model is explained at its mask, and the prompt has {len(found)} of them{where}; write "
-            f"{token} once, or give lxt.Target(token, position=...)"
+            f"{token} once, give as many target tokens as there are masks, or give lxt.Target(token, position=...)"
         )
 
 

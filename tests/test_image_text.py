@@ -211,6 +211,7 @@ def test_mistakes_are_said(llava):
     for explainer, given, says in (
         (llava, {"inputs": "what is this ?", "images": photo()}, "write '<image>' where it stands"),
         (llava, {"inputs": without_tokens}, "no place for its image"),
+        (llava, {"inputs": "<image> what is this ?"}, "no image was given"),
         (llava, {"inputs": inputs, "images": photo()}, "hold the images already"),
         (lxt.load(model), {"inputs": PROMPT, "images": photo()}, "need the model's processor"),
         (lxt.load(model, llava.tokenizer), {"inputs": PROMPT, "images": photo()}, "need the model's processor"),

@@ -162,6 +162,7 @@ def test_channels_are_made_three():
         (torch.randn(1, 3, 8, 8), ValueError, "doesn't match model"),
         (np.zeros((SIZE, SIZE)), ValueError, "three dimensions"),
         (np.zeros((SIZE, SIZE, 4), np.uint8), ValueError, "has 4 channels"),
+        (np.zeros((3, SIZE, SIZE), np.uint8), ValueError, r"channels first; .*image.transpose\(1, 2, 0\)"),
         ([], ValueError, "empty list"),
         (3, TypeError, "got int where"),
         ({"input_ids": 3}, TypeError, "'pixel_values'"),

@@ -36,7 +36,7 @@ white-space:nowrap;z-index:3;direction:ltr}
 .lxt td,.lxt th{padding:.16rem .8rem .16rem 0;text-align:left;font-weight:400;vertical-align:middle}
 .lxt th{color:var(--muted);font-size:.85rem}
 .lxt .num{text-align:right}.lxt .tok{font-weight:600;overflow-wrap:anywhere;max-width:24rem}
-.lxt .grid td,.lxt .grid th{padding:.16rem .45rem;border-radius:.2rem}
+.lxt .grid td,.lxt .grid th{white-space:nowrap;padding:.16rem .45rem;border-radius:.2rem}
 .lxt [data-gap]{border-left:2px solid var(--muted)}
 .lxt .rank svg{display:block}
 .lxt .scroll{overflow-x:auto;max-width:100%}
