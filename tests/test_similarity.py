@@ -187,7 +187,8 @@ def test_views_and_conversions(tmp_path, tokenizer):
     assert "What makes these alike?" in page
     assert "Pairs of tokens" in page
     out.plot(tmp_path / "pair.png")
-    lxt.similarity(build("Bert", zero_biases=False), tokenizer, A, B).plot(tmp_path / "bars.png")
+    first, second = lxt.similarity(build("Bert", zero_biases=False), tokenizer, A, B).plot(tmp_path / "bars.png").axes
+    assert first.get_ylim() == second.get_ylim()  # a bar means the same in both sentences
     assert (tmp_path / "bars.png").stat().st_size > 5000
     told = out.to_dict()
     assert told["sentences"][1]["relevance"] == out.relevance[1].tolist()

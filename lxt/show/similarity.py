@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lxt.show import grid, html, terminal
-from lxt.show.figure import picture as bars
+from lxt.show.figure import bars, drawable, families, figure_of
 from lxt.show.rows import Row, rows
 from lxt.show.words import amount, listed, percent, shorten, signed
 
@@ -65,12 +65,27 @@ def fragment(similarity: Similarity, scale_special: bool = False) -> str:
 def picture(similarity: Similarity) -> Figure:
     """The pairs as a heat map, else a bar for each token."""
     if similarity.pairs is None:
-        return bars(similarity.attribution)
+        return _bars(similarity)
     title = f"What makes these alike?   cosine {amount(similarity.value, 4)}"
     total = float(similarity.pairs.sum())
     return grid.figure(
         _grid(similarity), title, f"pairs sum to {amount(total, 4)}  ·  {similarity.model}, {similarity.rules}"
     )
+
+
+def _bars(similarity: Similarity) -> Figure:
+    """A bar for each token, one sentence below the other, on one scale."""
+    sides = _sides(similarity, scale_special=False)
+    words = {"loc": "left", "parse_math": False, "family": families()}
+    made = figure_of(max(8.0, 1.5 + 0.42 * max(len(side.tokens) for side in sides)), 6.4)
+    for axes, side, text in zip(made.subplots(2, 1, sharey=True), sides, similarity.texts, strict=True):
+        bars(axes, side)
+        axes.set_title(drawable(shorten(text or "", 70)), fontsize=10, **words)
+    head = f"What makes these alike?   cosine {amount(similarity.value, 4)}"
+    note = f"{_conserved(similarity)}  ·  {shorten(similarity.model)}, {shorten(similarity.rules)}"
+    made.suptitle(drawable(head), x=0.01, ha="left", fontsize=12, parse_math=False, family=families())
+    made.supxlabel(drawable(note), x=0.01, ha="left", fontsize=8, parse_math=False, family=families())
+    return made
 
 
 def _sides(similarity: Similarity, scale_special: bool) -> list[Row]:
