@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from typing import Any
 
@@ -30,7 +30,7 @@ from lxt.coverage.subjects import Subject
 from lxt.mode import UnknownOperation
 from lxt.patching import monkey_patch
 
-__all__ = ["SAME_LOGITS", "SAME_RELEVANCE", "Record", "prove", "versions"]
+__all__ = ["SAME_LOGITS", "SAME_RELEVANCE", "Record", "largest", "prove", "versions"]
 
 SAME_LOGITS = 1e-9  # relative to the largest logit; in float64, where torch may take another kernel under the patch
 SAME_RELEVANCE = 1e-6  # relative to the explained logit, or to the largest relevance
@@ -96,7 +96,7 @@ class Record:
             ("Σ relevance differs from the logit", self.conservation),
             ("the auditor differs", self.audit),
         ):
-            worst = max(numbers, key=lambda name: _order(numbers[name]), default=None)
+            worst = largest(numbers)
             if worst is not None and not numbers[worst] <= SAME_RELEVANCE:
                 found.append(f"{what} by {numbers[worst]:.1e} ({worst})")
         if self.checkpointing is not None and not self.checkpointing <= SAME_RELEVANCE:
@@ -106,6 +106,17 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"proven": self.proven}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """What `to_dict` gave; names that are no fields are left out."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def largest(numbers: Mapping[str, float]) -> str | None:
+    """The name of the largest number, NaN being above all; None where there is none."""
+    return max(numbers, key=lambda name: _order(numbers[name]), default=None)
 
 
 def _order(number: float) -> float:

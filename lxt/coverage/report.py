@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lxt.coverage.proof import SAME_LOGITS, SAME_RELEVANCE, Record
+from lxt.coverage.proof import SAME_LOGITS, SAME_RELEVANCE, Record, largest
 from lxt.coverage.reasons import REASONS
 from lxt.coverage.subjects import TASKS
 
@@ -109,7 +109,8 @@ def mark(record: Record) -> str:
 
 
 def _worst(numbers: dict[str, float]) -> float | None:
-    return max(numbers.values(), key=lambda x: x if x == x else float("inf"), default=None)
+    name = largest(numbers)
+    return None if name is None else numbers[name]
 
 
 def _number(value: float | None) -> str:

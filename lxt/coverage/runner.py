@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -105,14 +105,13 @@ def read_records(path: Path) -> list[Record]:
     """The records of a JSON-lines file, the last of each subject; a line cut short by a crash is left out."""
     if not path.exists():
         return []
-    known = {field.name for field in fields(Record)}
     records: dict[str, Record] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             continue
-        record = Record(**{name: value for name, value in values.items() if name in known})
+        record = Record.from_dict(values)
         records[record.key] = record
     return list(records.values())
 

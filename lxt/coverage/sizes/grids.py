@@ -28,6 +28,13 @@ def _around_zero(model: nn.Module) -> None:
             module.register_forward_pre_hook(lambda module, args: (args[0] + 0.5, *args[1:]))
 
 
+_MINICPM = {
+    "image_token_id": 100,
+    "video_token_id": 101,
+    "insert_layer_id": 0,
+    "vision_config": {"insert_layer_id": 0},
+}
+
 GRIDS: dict[str, Tiny] = {
     "cohere_compass": Tiny(inputs=grid(4, 6, 6)),
     "cosmos3_edge": Tiny(config=_MROPE, inputs=grid(4, 6, 6), sources=_POSITIONS),
@@ -106,30 +113,15 @@ GRIDS: dict[str, Tiny] = {
     ),
     "lfm3_vl": Tiny(inputs=grid(4, 6, 6)),
     "minicpm_ocr": Tiny(
-        config={
-            "image_token_id": 100,
-            "video_token_id": 101,
-            "insert_layer_id": 0,
-            "vision_config": {"insert_layer_id": 0},
-        },
+        config=_MINICPM,
         inputs=image_tokens(16, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]])),
     ),
     "minicpmv4_6": Tiny(
-        config={
-            "image_token_id": 100,
-            "video_token_id": 101,
-            "insert_layer_id": 0,
-            "vision_config": {"insert_layer_id": 0},
-        },
+        config=_MINICPM,
         inputs=image_tokens(4, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]])),
     ),
     "minicpmv4_7": Tiny(
-        config={
-            "image_token_id": 100,
-            "video_token_id": 101,
-            "insert_layer_id": 0,
-            "vision_config": {"insert_layer_id": 0},
-        },
+        config=_MINICPM,
         inputs=image_tokens(4, pixel_values=normal(1, 3, 8, 512), target_sizes=torch.tensor([[8, 8]])),
     ),
     "minimax_m3_vl": Tiny(inputs=grid(4, 6, 6)),
