@@ -292,16 +292,14 @@ class Attribution:
             special: draw special tokens; False leaves them out.
             scale_special: colour special tokens too.
         """
-        from lxt.show.figure import picture, save
+        from lxt.show.figure import picture, written
         from lxt.show.imagefigure import picture as with_images
 
         if self.images:
             figure = with_images(self, special=special, scale_special=scale_special)
         else:
             figure = picture(self, normalise=normalise, special=special, scale_special=scale_special)
-        if path is not None:
-            save(figure, path)
-        return figure
+        return written(figure, path)
 
     def to_pdf(self, path: str | os.PathLike[str], special: bool = True, scale_special: bool = False) -> None:
         """Write the coloured text as PDF: typeset by LaTeX where there is one, otherwise by matplotlib.

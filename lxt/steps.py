@@ -134,13 +134,10 @@ class Steps:
         Args:
             path: where to write it, as .png, .pdf or .svg; None only returns the figure.
         """
-        from lxt.show.figure import save
+        from lxt.show.figure import written
         from lxt.show.steps import picture
 
-        figure = picture(self)
-        if path is not None:
-            save(figure, path)
-        return figure
+        return written(picture(self), path)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain lists and numbers, ready for `json.dumps`."""

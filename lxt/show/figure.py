@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
     from lxt.attribution import Attribution
 
-__all__ = ["Block", "Word", "bars", "colormap", "drawable", "families", "figure_of", "picture", "save", "text_pages"]
+__all__ = [
+    "Block",
+    "Word",
+    "bars",
+    "colormap",
+    "drawable",
+    "families",
+    "figure_of",
+    "picture",
+    "save",
+    "text_pages",
+    "written",
+]
 
 Color = colors.RGB | None
 Word = tuple[str, Color]  # what to print, and its background
@@ -101,6 +113,13 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, dpi=160)
     write(path, buffer.getvalue())
+
+
+def written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure, and in a file too if `path` names one."""
+    if path is not None:
+        save(figure, path)
+    return figure
 
 
 def text_pages(blocks: Sequence[Block]) -> bytes:
