@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lxt import flash
 from lxt.coefficients import wide
 from lxt.composites import Composite
 from lxt.rules import scale_gradient, stop, tempered_softmax, value_attention
 
-__all__ = ["scaled_dot_product_attention", "under_rule"]
+__all__ = ["SEEN_BY_THE_MODE", "scaled_dot_product_attention", "under_rule"]
+
+SEEN_BY_THE_MODE = (None, "eager", "sdpa")  # transformers' implementations that are torch operations
 
 
 def scaled_dot_product_attention(
@@ -44,6 +47,10 @@ def scaled_dot_product_attention(
     if composite.attention == "value_only":
         return value_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     is_scored = attn_mask is not None and attn_mask.requires_grad
+    own = composite.softmax_temperature == 1 and all(x.requires_grad for x in (query, key, value))
+    if own and flash.applies(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+        shares = composite.qkv if composite.attention == "uniform" else (1.0, 1.0, 1.0)
+        return flash.attention(query, key, value, attn_mask, is_causal, scale, shares)
     if attn_mask is not None and is_scored:
         attn_mask = _mask_under_rule(composite, attn_mask, value)
     query, key, value = under_rule(composite, query, key, value, is_scored)

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lxt.attribution import Attribution, Explained, Prediction
+from lxt.assembling import assembled, explained, prediction, predictions
+from lxt.attribution import Attribution
 from lxt.compiling import uncompiled
 from lxt.composites import Composite, resolve
 from lxt.conversations import refuse_missing_images, shows_images
 from lxt.imagegeometry import image_relevances
 from lxt.images import ImageExplainer, ImageRequest, image_request, tokens_of
-from lxt.inputs import Row, batches, check, read, task
+from lxt.inputs import read, task
 from lxt.latents import names
 from lxt.loading import device_of, dtype_of, model_of, processor_of
 from lxt.passes import Result, audited, run
@@ -37,11 +38,10 @@ from lxt.patching import monkey_patch, rules_of
 from lxt.patchmap import PatchMap
 from lxt.pixels import split_processor
 from lxt.preconditions import refuse_missing_weights, refuse_virtual_tokens
-from lxt.spans import named
+from lxt.requesting import Request, request_of, targets_of
 from lxt.steps import Steps, attribute_steps
-from lxt.targets import Goal, Kind, Score, Target, Token, name_of
+from lxt.targets import Kind, Score, Target, Token
 from lxt.targets import resolve as resolve_targets
-from lxt.tokens import display
 
 if TYPE_CHECKING:
     from lxt.checking import CheckReport
@@ -53,23 +53,6 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 OneTarget = Token | Target | Score | None
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What `attribute` was asked for, ready to run again: under other rules, or on the bare model.
-
-    Attributes:
-        rows: the prompts, with a sequence target's tokens appended.
-        goals: one per row.
-        groups: which rows run together.
-        latents: names of the wanted latents.
-    """
-
-    rows: list[Row]
-    goals: list[Goal]
-    groups: list[list[int]]
-    latents: tuple[str, ...] = ()
 
 
 class Attributor:
@@ -153,16 +136,50 @@ class Attributor:
         prompts = read(inputs, self.model, self.tokenizer)
         refuse_missing_images(prompts, self.model)
         rows, goals = resolve_targets(target, contrast, prompts, self.model, self.tokenizer)
-        check(rows, self.model, " with its target")
-        request = Request(rows, goals, batches(rows, self.model, batch_size), wanted)
-        results, predictions = [], []
-        for result in self.results(request):
-            both = zip(result.logits, result.tokens, strict=True)
-            predictions += [self._prediction(logits[0], tokens) for logits, tokens in both]
-            results.append(replace(result, logits=result.logits[:0]))  # those of all prompts would fill the memory
-        return self._attribution(request, results, predictions).with_checker(
-            partial(self._check, request, [result.relevance for result in results])
-        )
+        return self._attribute(request_of(rows, goals, range(len(rows)), self.model, batch_size, wanted))
+
+    def attribute_targets(
+        self,
+        inputs: object,
+        targets: Sequence[OneTarget] | Sequence[Sequence[OneTarget]] | Tensor | None = None,
+        top: int | None = None,
+        contrast: Token | Sequence[Token] | None = None,
+        latents: str | Sequence[str] = (),
+        batch_size: int | None = None,
+    ) -> Attribution:
+        """Relevance of every input token for each of several targets: one forward, and one backward for each target.
+
+        >>> explainer.attribute_targets("I like my", [" dogs", " cats"]).relevance.shape  # doctest: +SKIP
+        torch.Size([2, 4])
+
+        Row k of the result is what `attribute` gives for target k; several prompts follow each other with all of their
+        targets. A target of several tokens continues the prompt, so it takes a row of the forward for itself.
+
+        Args:
+            inputs: text, chats, token ids or embeddings, one prompt or several, as in `attribute`.
+            targets: for every prompt, each as in `attribute`; or for each prompt a list of its own.
+            top: in place of targets, how many of the most probable tokens (or classes) to explain.
+            contrast: token or tokens to subtract from every target.
+            latents: as in `attribute`; [layer, row, token, ...], so they take as much memory as there are targets.
+            batch_size: how many prompts run at once; None is all that can.
+
+        Raises:
+            ValueError: as `attribute`; or images, no targets, or targets for another number of prompts.
+            TypeError: as `attribute`; or targets that are no list.
+        """
+        refuse_missing_weights(self.model)
+        refuse_virtual_tokens(self.model)
+        wanted = names(latents)
+        if task(self.model) == "image" or shows_images(inputs):
+            raise ValueError("attribute_targets explains text; where there are images call attribute() for each target")
+        prompts = read(inputs, self.model, self.tokenizer)
+        refuse_missing_images(prompts, self.model)
+        several = targets_of(targets, top, len(prompts))
+        flat = [target for own in several for target in own]
+        which = [number for number, own in enumerate(several) for _ in own]
+        each = [prompts[number] for number in which]
+        rows, goals = resolve_targets(flat, contrast, each, self.model, self.tokenizer)
+        return self._attribute(request_of(rows, goals, which, self.model, batch_size, wanted))
 
     def attribute_steps(
         self,
@@ -193,6 +210,16 @@ class Attributor:
             found = attribute_steps(self.model, self.tokenizer, source, target, kind, max_new_tokens, self._patch)
         return Steps(**found, model=self.name, rules=self.rules.name, versions=versions())
 
+    def _attribute(self, request: Request) -> Attribution:
+        results, predicted = [], []
+        for result in self.results(request):
+            predicted += predictions(result, self.model, self.tokenizer)
+            results.append(replace(result, logits=result.logits[:0]))  # those of all prompts would fill the memory
+        found = assembled(request, results, predicted, self.model, self.tokenizer)
+        return Attribution(**found, model=self.name, rules=self.rules.name, versions=versions()).with_checker(
+            partial(self._check, request, [result.relevance for result in results])
+        )
+
     def _attribute_images(
         self,
         inputs: object,
@@ -210,13 +237,14 @@ class Attributor:
         model, processor = self.model, self.processor
         request = image_request(model, processor, self.tokenizer, inputs, images, target, contrast, batch_size)
         runs = ImageExplainer(model, self.rules, self.patch_map, self._patch, partial(lock_of, model))
-        rows, explained, predictions, pictures, everything = [], [], [], [], []
+        rows, targets, predicted, pictures, everything = [], [], [], [], []
         for batch, prompts, result in zip(request.passes, request.rows, runs.results(request), strict=True):
             pictures += image_relevances(batch, result, model, processor, len(rows))
             rows += tokens_of(batch, result, prompts, model, self.tokenizer)
             values = result.values.tolist()
-            explained += [self._explained(*one, None) for one in zip(result.goals, values, prompts, strict=True)]
-            predictions += [self._prediction(logits[0]) for logits in result.logits]
+            both = zip(result.goals, values, prompts, strict=True)
+            targets += [explained(*one, None, model, self.tokenizer) for one in both]
+            predicted += [prediction(logits[0], model, self.tokenizer) for logits in result.logits]
             everything.append(result.relevance)
         width = max(len(labels) for labels, *_ in rows)
 
@@ -229,8 +257,8 @@ class Attributor:
             relevance=left([row[1] for row in rows]),
             mask=left([torch.ones(len(row[1]), dtype=torch.bool) for row in rows]),
             special=left([row[2] for row in rows]),
-            explained=explained,
-            predictions=predictions,
+            explained=targets,
+            predictions=predicted,
             model=self.name,
             rules=self.rules.name,
             versions=versions(),
@@ -285,75 +313,6 @@ class Attributor:
         from lxt.checking import check as report
 
         return report(runs, request, relevance)
-
-    def _attribution(
-        self, request: Request, results: Sequence[Result], predictions: Sequence[Prediction]
-    ) -> Attribution:
-        """The batches' results as one, in the order in which the prompts were given."""
-        order = torch.tensor([i for group in request.groups for i in group]).argsort()
-        width = max(result.mask.shape[1] for result in results)
-
-        def joined(parts: Sequence[Tensor], batch: int, token: int) -> Tensor:
-            wide = [pad(part, [0, 0] * (part.dim() - 1 - token) + [width - part.shape[token], 0]) for part in parts]
-            return torch.cat(wide, batch).index_select(batch, order)
-
-        goals = [goal for result in results for goal in result.goals]
-        tokens = [[""] * (width - len(row)) + row for result in results for row in result.tokens]
-        explained = [
-            self._explained(goal, float(value), row, prefix)
-            for goal, value, row, prefix in zip(
-                goals,
-                torch.cat([result.values for result in results]),
-                [request.rows[i] for group in request.groups for i in group],
-                [prefix for result in results for prefix in _each(result.prefix, len(result.goals))],
-                strict=True,
-            )
-        ]
-        ids = [result.token_ids for result in results if result.token_ids is not None]
-        return Attribution(
-            tokens=[tokens[i] for i in order.tolist()],
-            token_ids=joined(ids, 0, 1) if len(ids) == len(results) else None,
-            relevance=joined([result.relevance for result in results], 0, 1),
-            mask=joined([result.mask for result in results], 0, 1),
-            special=joined([result.special for result in results], 0, 1),
-            explained=[explained[i] for i in order.tolist()],
-            predictions=[predictions[i] for i in order.tolist()],
-            model=self.name,
-            rules=self.rules.name,
-            latents={name: joined([result.latents[name] for result in results], 1, 2) for name in request.latents},
-            versions=versions(),
-        )
-
-    def _explained(self, goal: Goal, value: float, row: Row, prefix: float | None) -> Explained:
-        if goal.function is not None:
-            label = getattr(goal.function, "__name__", type(goal.function).__name__)
-        elif goal.span:
-            words = display(row.ids, self.tokenizer)[0] if row.embeds is None else list(map(str, range(len(row))))
-            label = repr(named(goal.ids, words))
-            label = label if len(goal.positions) > 1 else f"{'end' if 1 in goal.positions else 'start'} {label}"
-        elif len(goal.ids) > 1 and self.tokenizer is not None:
-            label = repr("".join(display(goal.ids, self.tokenizer)[0]))
-        else:
-            label = self._names(goal.ids)
-        foils = self._names(goal.contrast)
-        if foils:
-            label += f" − {foils}" if len(goal.contrast) == 1 else f" − mean({foils})"
-        places = () if task(self.model) in ("sequence", "seq2seq", "image", "question") else goal.positions
-        return Explained(label, goal.kind, value, places[0] if len(places) == 1 else None, prefix)
-
-    def _names(self, ids: Sequence[int]) -> str:
-        return ", ".join(repr(name_of(token, self.model, self.tokenizer)) for token in ids)
-
-    def _prediction(self, logits: Tensor, tokens: Sequence[str] = ()) -> Prediction:
-        token = int(logits.argmax())
-        probability = float(logits.softmax(-1)[token])
-        answers = task(self.model) == "question"  # by a token of the prompt
-        name = tokens[token] if answers else name_of(token, self.model, self.tokenizer)
-        return Prediction(name, token, float(logits[token]), probability)
-
-
-def _each(values: Tensor | None, count: int) -> Sequence[float | None]:
-    return [None] * count if values is None else values.tolist()
 
 
 def lock_of(model: nn.Module) -> AbstractContextManager[Any]:

@@ -76,16 +76,26 @@ def refuse_foreign_functions(
 
 def foreign_functions(output: Any, inputs: Any) -> Iterator[BackwardCFunction]:
     """The nodes of autograd functions that aren't ours, from `output` back to `inputs`."""
-    seen = {tensor.grad_fn for tensor in _tensors(inputs) if tensor.grad_fn is not None}
-    todo = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    seen = {None, *(tensor.grad_fn for tensor in _tensors(inputs))}
+    todo: list[Any] = [tensor.grad_fn for tensor in _tensors(output)]
+    foreign: dict[type, bool] = {}
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction) and type(node)._forward_cls.__module__.split(".")[0] != "lxt":  # type: ignore[attr-defined]
+        kind = type(node)
+        if kind not in foreign:
+            foreign[kind] = _is_foreign(kind)
+        if foreign[kind]:
             yield node
-        todo += [parent for parent, _ in node.next_functions if parent is not None]
+        for parent, _ in node.next_functions:
+            if parent not in seen:
+                todo.append(parent)
+
+
+def _is_foreign(kind: type) -> bool:
+    return issubclass(kind, BackwardCFunction) and kind._forward_cls.__module__.split(".")[0] != "lxt"  # type: ignore[attr-defined]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

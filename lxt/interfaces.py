@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lxt.attention import under_rule
+from lxt.attention import SEEN_BY_THE_MODE, under_rule
 from lxt.composites import Composite
 from lxt.graph import foreign_functions
 from lxt.mode import current_mode, plain_gradient
 
-__all__ = ["SEEN_BY_THE_MODE", "rewired_forward", "uses_interface"]
+__all__ = ["rewired_forward", "uses_interface"]
 
-SEEN_BY_THE_MODE = (None, "eager", "sdpa")
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 
 

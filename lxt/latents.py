@@ -8,7 +8,7 @@ its place in the graph, and under checkpointing none lives longer than its layer
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lxt import rules
+from lxt.checkpointing import carry, saved_as
 from lxt.coefficients import wide
 from lxt.inputs import Model
 from lxt.patchmap import PatchMap
@@ -193,7 +194,8 @@ def capture(places: Sequence[Site], batch: int, length: int) -> Iterator[Sink]:
     def tapped(site: Site, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x
-        return Tap.apply(x, site, sink, object(), shape)  # type: ignore[return-value]
+        with saved_as(x) or nullcontext():  # a checkpointed layer's output is not kept
+            return carry(x, Tap.apply(x, site, sink, object(), shape))  # type: ignore[arg-type]
 
     def on_output(site: Site) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:

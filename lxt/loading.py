@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import warnings
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lxt.inputs import task
 from lxt.pixels import sees
+
+if TYPE_CHECKING:
+    from lxt.placement import Budget
 
 __all__ = ["device_of", "dtype_of", "model_of", "processor_of", "tokenizer_of"]
 
@@ -47,8 +51,16 @@ def device_of(device: str | torch.device | None) -> torch.device | None:
         ) from None
 
 
-def model_of(name: str, dtype: torch.dtype | None) -> Any:
+def model_of(
+    name: str, dtype: torch.dtype | None, budget: Budget | None = None, offload_folder: str | Path | None = None
+) -> Any:
     """The pretrained model of that name, with the head that its configuration names.
+
+    Args:
+        name: a folder, or a name on the hub.
+        dtype: None is the checkpoint's own.
+        budget: the memory that it may take; None is all that it wants, and leaves it where it is loaded.
+        offload_folder: where weights may be written that can't be read where they lie.
 
     Raises:
         ValueError: there is none, or its head is none that can be explained.
@@ -77,7 +89,22 @@ def model_of(name: str, dtype: torch.dtype | None) -> Any:
     auto = heads[suffix]
     if suffix == "ForConditionalGeneration" and not config.is_encoder_decoder:
         auto = transformers.AutoModelForImageTextToText
-    return _fetched(auto, name, "model", **({} if dtype is None else {"dtype": dtype}))
+    options = {} if dtype is None else {"dtype": dtype}
+    fetch = partial(_fetched, auto, name, "model", **options)
+    if budget is None:
+        return fetch()
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{name!r} is quantised, and its weights can't be read from disk piece by piece; load it yourself, with "
+            "from_pretrained(device_map=...), and pass the instances: lxt.load(model, tokenizer)"
+        )
+    from lxt.placement import load_placed
+    from lxt.stored import stored_weights
+
+    with torch.device("meta"):
+        empty = auto.from_config(config, trust_remote_code=False, **options)
+    empty.tie_weights()
+    return load_placed(fetch, empty, stored_weights(name, empty), budget, offload_folder)[0]
 
 
 def tokenizer_of(name: str | Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["activations", "copy_mark", "is_activation", "mark", "mark_of"]
+__all__ = ["activations", "all_marked", "copy_mark", "is_activation", "mark", "mark_of"]
 
 _MARK = "_lxt_mark"
 
@@ -22,7 +22,7 @@ def activations(value: Any) -> list[Tensor]:
     return found
 
 
-def _collect(value: Any, found: list[Tensor]) -> None:  # no generator: this runs for many of a model's operations
+def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         if value.requires_grad:
             found.append(value)
@@ -44,9 +44,26 @@ def mark_of(value: Any) -> str | None:
     return getattr(value, _MARK, None)
 
 
+def all_marked(value: Any, name: str) -> bool:
+    """Whether no activation in nested tuples, lists and dicts is without the mark `name`."""
+    if isinstance(value, Tensor):
+        return not value.requires_grad or getattr(value, _MARK, None) == name
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return True
+    for item in value:
+        if not all_marked(item, name):
+            return False
+    return True
+
+
 def mark(result: Any, name: str | None) -> Any:
     """`result`, with the mark `name` on it, or on each of its tensors."""
-    for tensor in (result,) if isinstance(result, Tensor) else result:
+    if isinstance(result, Tensor):
+        setattr(result, _MARK, name)
+        return result
+    for tensor in result:
         if isinstance(tensor, Tensor):  # x.type() is a string
             setattr(tensor, _MARK, name)
     return result

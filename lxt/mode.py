@@ -28,9 +28,10 @@ from lxt.composites import Composite
 from lxt.declarations import Declaration, declared_operations
 from lxt.declared_rules import apply, stand_in
 from lxt.entering import enter
-from lxt.marks import activations, copy_mark
-from lxt.operations import Handler, handlers, without_dropout
-from lxt.opnames import KNOWN, MARK_KEEPING, operation_name
+from lxt.marks import activations, mark, mark_of
+from lxt.operands import Handler, run
+from lxt.operations import handlers, without_dropout
+from lxt.opnames import DROPOUTS, KNOWN, MARK_KEEPING, operation_name
 from lxt.unknown import UnknownOperation, unknown_operation, unknown_vmap, where
 
 __all__ = [
@@ -59,7 +60,8 @@ class RuleMode(TorchFunctionMode):
         self._plain = KNOWN | {name for name, kind in (operations or {}).items() if kind == "linear"}
         self._by_map = frozenset(operations or ())
         self._declared = {name: rule for name, rule in declared_operations().items() if name not in self._by_map}
-        self._resolved: dict[Any, Handler] = {}
+        self._resolved: dict[Any, tuple[Handler, bool]] = {}  # with whether it is for activations only
+        self._random: set[Any] = set()
         self.suspended = False
         self.recomputable: Callable | None = None  # the checkpoint whose recomputation enters the mode again
         self.explained: frozenset[int] = frozenset()  # ids of parameters that are inputs and so activations after all
@@ -68,24 +70,30 @@ class RuleMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # This runs some hundred times a layer, so that its order is that of what it costs.
         kwargs = kwargs or {}
-        if self.suspended:
+        handler, needs_activation = self._resolved.get(func) or self._resolve(func)
+        if handler is run or self.suspended:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
-            return without_dropout(func, args, kwargs)
+            return without_dropout(func, args, kwargs) if func in self._random else func(*args, **kwargs)
         if (hook := checkpoint_hook()) is not None and hook is not self.recomputable:
             raise _checkpointed(operation_name(func))
         if _functorch.peek_interpreter_stack() is not None and _hidden_activation((args, kwargs)):
             raise (
                 compiled_inside(where()) if torch.compiler.is_compiling() else unknown_vmap(where())
             )  # a batched tensor hides that it requires grad
-        handler = self._resolved.get(func)
-        if handler is None:
-            handler = self._resolved[func] = self._resolve(func)
-        if handler is not _run:
-            for value in args:
-                if type(value) is nn.Parameter and value.requires_grad and id(value) not in self.explained:
-                    raise ValueError(_outside(operation_name(func), value))
+        active = nested = False
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                if value.requires_grad:
+                    active = True
+                    if type(value) is nn.Parameter and id(value) not in self.explained:
+                        raise ValueError(_outside(operation_name(func), value))
+            elif isinstance(value, (tuple, list)):
+                nested = True
+        if needs_activation and not active and not ((nested or kwargs) and activations((args, kwargs))):
+            return func(*args, **kwargs)
         return handler(func, args, kwargs)
 
     def declared(
@@ -121,25 +129,32 @@ class RuleMode(TorchFunctionMode):
 
         yield approve
 
-    def _resolve(self, func: Callable) -> Handler:
+    def _resolve(self, func: Callable) -> tuple[Handler, bool]:
         name = operation_name(func)
+        if name in DROPOUTS or name == "scaled_dot_product_attention":
+            self._random.add(func)
+        handler = self._handler(func, name)
+        self._resolved[func] = handler, handler is self._named.get(name) and name not in DROPOUTS
+        return self._resolved[func]
+
+    def _handler(self, func: Callable, name: str) -> Handler:
         if name in self._declared:
             return self._run_declared
         if name in self._by_map:  # one registered with torch.library has an autograd function behind it
-            return functools.partial(self._run_by_map, self._named.get(name, _run))
+            return functools.partial(self._run_by_map, self._named.get(name, run))
         if name in self._named:
             return self._named[name]
         if name in MARK_KEEPING:
             return _keep_mark
         if name in self._plain:
-            return _run
+            return run
         if getattr(func, "__code__", None) is not None:
             return self._enter_function
         return self._unknown
 
     def _run_by_map(self, handler: Handler, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._approving() as approve:
-            return approve(handler(func, args, kwargs))
+            return approve((handler if activations((args, kwargs)) else run)(func, args, kwargs))
 
     def _run_declared(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self:
@@ -230,9 +245,7 @@ def _outside(operation: str, parameter: nn.Parameter) -> str:
     )
 
 
-def _run(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
 def _keep_mark(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return copy_mark(args[0] if args else kwargs.get("input"), func(*args, **kwargs))
+    result = func(*args, **kwargs)
+    name = mark_of(args[0] if args else kwargs.get("input"))
+    return result if name is None else mark(result, name)

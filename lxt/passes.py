@@ -1,9 +1,10 @@
-"""One pass: a batch of rows through the model forward once and backward once.
+"""One pass: a batch of rows through the model forward once, and backward as often as a row has goals.
 
 1. Embed the rows, and tap the latents that are wanted.
 2. Forward, computing the logits of the explained positions only (`lxt.narrow`), under whatever `patch` gives.
-3. Backward of the sum of the rows' explained numbers: rows don't see each other, so the sum mixes nothing.
-4. Relevance is embedding × gradient, summed over the hidden dimension.
+3. Backward of the sum of one explained number of every row: rows don't see each other, so the sum mixes nothing.
+4. Relevance is embedding × gradient, summed over the hidden dimension. It and the latents go to the CPU, and the next
+   goals have their backward through the same graph (`lxt.turns`).
 """
 
 from __future__ import annotations
@@ -16,43 +17,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lxt.attention import SEEN_BY_THE_MODE
 from lxt.audit import audit
 from lxt.coefficients import wide
 from lxt.composites import Composite
 from lxt.encdec import FromIds, forward, inputs_of, shifted, with_prefix
 from lxt.holds import Holds, make_constant
 from lxt.inputs import Model, Prepared, Row, offender, prepare, task
-from lxt.interfaces import SEEN_BY_THE_MODE
 from lxt.lastlayer import only_at
-from lxt.latents import capture, residual_layers, sites
+from lxt.latents import Sink, capture, residual_layers, sites
 from lxt.narrow import narrowed
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names
 from lxt.spans import stacked
 from lxt.targets import Goal, evaluate
+from lxt.turns import Turn, backward, places, turns
 
 __all__ = ["Result", "audited", "run"]
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What one pass gave, on the CPU.
+    """What one pass gave, on the CPU: for each goal, those of the first row first.
 
     Attributes:
-        relevance: [batch, token], 0 at padding.
-        logits: [batch, K, vocabulary] at the explained positions; rows with fewer repeat their last one.
-        values: [batch], the explained numbers.
-        goals: one per row, with the predicted tokens filled in.
-        latents: [layer, batch, token, …] by name.
-        tokens: [batch][token], "" at padding.
-        token_ids: [batch, token], or None.
-        mask: [batch, token].
-        special: [batch, token].
-        prefix: [batch], the relevance of the decoder's own tokens; None where there are none.
+        relevance: [goal, token], 0 at padding.
+        logits: [row, position, vocabulary], all that were computed.
+        spots: [goal, 2], the row and the position in `logits` where each goal is explained (first).
+        values: [goal], the explained numbers.
+        goals: with the predicted tokens filled in.
+        latents: [layer, goal, token, …] by name.
+        tokens: [goal][token], "" at padding.
+        token_ids: [goal, token], or None.
+        mask: [goal, token].
+        special: [goal, token].
+        prefix: [goal], the relevance of the decoder's own tokens; None where there are none.
     """
 
     relevance: Tensor
     logits: Tensor
+    spots: Tensor
     values: Tensor
     goals: list[Goal]
     latents: dict[str, Tensor]
@@ -67,7 +71,7 @@ def run(
     model: Model,
     tokenizer: Any,
     rows: Sequence[Row],
-    goals: Sequence[Goal],
+    goals: Sequence[Sequence[Goal]],
     latents: Sequence[str],
     patch_map: PatchMap,
     patch: Callable[[], AbstractContextManager[Any]],
@@ -78,7 +82,7 @@ def run(
         model: the model.
         tokenizer: for the tokens' display only; may be None.
         rows: prompts that may share a forward (`lxt.inputs.batches`).
-        goals: one per row.
+        goals: one or several for each row; as many backwards run as the row with most has.
         latents: names of the wanted latents.
         patch_map: says where latents are.
         patch: makes the context of the forward and backward: `monkey_patch`, or `nullcontext` for the bare model.
@@ -90,8 +94,8 @@ def run(
     with torch.inference_mode(False), torch.enable_grad():
         prepared = with_prefix(prepare(rows, model, tokenizer), model)
         leaves = [leaf.requires_grad_() for leaf in inputs_of(prepared).values()]
-        where = _places(rows, goals, task(model))
-        last = _last_layer(model, patch_map, latents, goals)
+        where, dealt = places(rows, goals, task(model)), turns(goals)
+        last = _last_layer(model, patch_map, latents, where)
         with (
             capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
             narrowed(_head(model), where) as finish,
@@ -109,30 +113,73 @@ def run(
                 )
             if not logits.isfinite().all():
                 raise ValueError(f"the logits of {type(model).__name__} are not finite: {offender(model)}")
-            values, filled = evaluate(logits, goals)
-            gradients = torch.autograd.grad(values.sum(), leaves)
-    dtype = wide(leaves[0].dtype)
-    parts = [
-        (leaf.detach().to(dtype) * gradient.to(dtype)).sum(-1).cpu()
-        for leaf, gradient in zip(leaves, gradients, strict=True)
-    ]
-    relevance, prefix = _by_token(parts, prepared)
-    if not relevance[prepared.mask].isfinite().all():
-        raise ValueError(
-            f"the relevance is not finite, though the logits of {type(model).__name__} are: the backward overflows in "
-            f"{leaves[0].dtype}; load the model with dtype='bfloat16' or 'float32'"
-        )
+            parts = [
+                _part(turn, logits, leaves, prepared, latents, sink, again=number < len(dealt))
+                for number, turn in enumerate(dealt, 1)
+            ]
+    for part in parts:
+        if not part.relevance.isfinite().all():
+            raise ValueError(
+                f"the relevance is not finite, though the logits of {type(model).__name__} are: the backward "
+                f"overflows in {leaves[0].dtype}; load the model with dtype='bfloat16' or 'float32'"
+            )
+    return _joined(parts, dealt, logits, prepared)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one backward gave, on the CPU: fields as in Result, for the goals of one turn."""
+
+    relevance: Tensor
+    values: Tensor
+    goals: list[Goal]
+    latents: dict[str, Tensor]
+    prefix: Tensor | None
+
+
+def _part(
+    turn: Turn,
+    logits: Tensor,
+    leaves: Sequence[Tensor],
+    prepared: Prepared,
+    latents: Sequence[str],
+    sink: Sink,
+    again: bool,
+) -> _Part:
+    values, goals = evaluate(turn.of(logits), turn.goals)
+    relevance, prefix = _by_token(backward(values, leaves, again), prepared)
+    inside = {name: sink.stacked(name, prepared.mask) for name in latents}
+    sink.values.clear()  # the next backward writes anew
+    if not turn.alone:
+        relevance, inside = relevance[turn.rows], {name: latent[:, turn.rows] for name, latent in inside.items()}
+        prefix = None if prefix is None else prefix[turn.rows]
+    relevance = relevance.masked_fill(~prepared.mask[turn.rows], 0)
+    return _Part(relevance, values.detach().cpu(), goals, inside, prefix)
+
+
+def _joined(parts: Sequence[_Part], dealt: Sequence[Turn], logits: Tensor, prepared: Prepared) -> Result:
+    """The turns' parts row by row: all goals of the first row, then those of the second."""
+    owners = torch.cat([turn.rows for turn in dealt])
+    order = owners.argsort(stable=True)
+    rows = owners[order]
+
+    def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim).index_select(dim, order)
+
+    goals = [goal for part in parts for goal in part.goals]
+    prefixes = [part.prefix for part in parts if part.prefix is not None]
     return Result(
-        relevance=relevance.masked_fill(~prepared.mask, 0),
+        relevance=joined([part.relevance for part in parts]),
         logits=logits.detach().to(wide(logits.dtype)).cpu(),
-        values=values.detach().cpu(),
-        goals=filled,
-        latents={name: sink.stacked(name, prepared.mask) for name in latents},
-        tokens=prepared.labels,
-        token_ids=prepared.token_ids,
-        mask=prepared.mask,
-        special=prepared.special,
-        prefix=prefix,
+        spots=torch.stack([rows, torch.cat([turn.columns[:, 0] for turn in dealt])[order]], dim=1),
+        values=joined([part.values for part in parts]),
+        goals=[goals[i] for i in order.tolist()],
+        latents={name: joined([part.latents[name] for part in parts], 1) for name in parts[0].latents},
+        tokens=[prepared.labels[row] for row in rows.tolist()],
+        token_ids=None if prepared.token_ids is None else prepared.token_ids[rows],
+        mask=prepared.mask[rows],
+        special=prepared.special[rows],
+        prefix=joined(prefixes) if prefixes else None,
     )
 
 
@@ -156,53 +203,46 @@ def audited(
     model: Model,
     tokenizer: Any,
     rows: Sequence[Row],
-    goals: Sequence[Goal],
+    goals: Sequence[Sequence[Goal]],
     rules: Composite,
     operations: Mapping[str, str],
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """The rows' relevance by the auditor, all logits computed, [batch, token]; and the operations unknown to it."""
+    """The goals' relevance by the auditor, all logits computed, [goal, token]; and the operations unknown to it."""
     with torch.inference_mode(False), torch.enable_grad():
         prepared = with_prefix(prepare(rows, model, tokenizer), model)
-        where = _places(rows, goals, task(model))
+        where, dealt = places(rows, goals, task(model)), turns(goals)
         explained = inputs_of(prepared)
         called = model if prepared.decoder_embeds is None else FromIds(model)
-        with narrowed(None, where) as finish:
+        parts: list[Tensor] = []
+        unknown: dict[str, None] = {}
+        for turn in dealt:
+            with narrowed(None, where) as finish:
 
-            def target(output: Any) -> Tensor:
-                logits = finish(_logits(output, model))
-                return evaluate(logits, goals)[0].sum()
+                def target(output: Any, turn: Turn = turn, finish: Callable[[Tensor], Tensor] = finish) -> Tensor:
+                    return evaluate(turn.of(finish(_logits(output, model))), turn.goals)[0].sum()
 
-            found = audit(called, explained | prepared.arguments(model), target, rules, tuple(explained), operations)
-    relevance, _ = _by_token([found.relevance[name].sum(-1).cpu() for name in explained], prepared)
-    return relevance.masked_fill(~prepared.mask, 0), found.unknown
-
-
-def _places(rows: Sequence[Row], goals: Sequence[Goal], kind: str) -> Tensor:
-    """[batch, K]: where in the padded batch the explained logits are; shorter rows repeat their last position."""
-    width, count = max(len(row) for row in rows), max(len(goal.positions) for goal in goals)
-    return torch.tensor(
-        [
-            [
-                place + (0 if kind in ("seq2seq", "question") else width - len(row))
-                for place in (*goal.positions, *[goal.positions[-1]] * (count - len(goal.positions)))
-            ]
-            for row, goal in zip(rows, goals, strict=True)
-        ]
-    )
+                found = audit(
+                    called, explained | prepared.arguments(model), target, rules, tuple(explained), operations
+                )
+            relevance, _ = _by_token([found.relevance[name].sum(-1).cpu() for name in explained], prepared)
+            parts.append(relevance.masked_fill(~prepared.mask, 0)[turn.rows])
+            unknown |= dict.fromkeys(found.unknown)
+    order = torch.cat([turn.rows for turn in dealt]).argsort(stable=True)
+    return torch.cat(parts)[order], tuple(unknown)
 
 
 def _head(model: Model) -> nn.Module | None:
     return model.get_output_embeddings() if task(model) in ("causal", "masked", "seq2seq") else None
 
 
-def _last_layer(model: Model, patch_map: PatchMap, latents: Sequence[str], goals: Sequence[Goal]) -> nn.Module | None:
+def _last_layer(model: Model, patch_map: PatchMap, latents: Sequence[str], where: Tensor) -> nn.Module | None:
     """A causal model's last layer, if it may run at the explained positions alone.
 
     Not where a latent or somebody's hook wants all of its insides, nor under attention with masks of another form, nor
-    where rows have unlike numbers of positions: the shorter rows' last ones stand there twice, and would count twice.
+    where a position stands twice in a row: it would count twice.
     """
-    same = len({len(goal.positions) for goal in goals}) == 1
-    if task(model) != "causal" or not same or not patch_map.layers or {"head", "neuron"} & set(latents):
+    once = all(len(set(row)) == len(row) for row in where.tolist())
+    if task(model) != "causal" or not once or not patch_map.layers or {"head", "neuron"} & set(latents):
         return None
     layer = residual_layers(model, patch_map)[-1]
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lxt.attention import SEEN_BY_THE_MODE
 from lxt.compiling import call_eagerly, eager_caller, is_compiled, make_uncompiled, uncompiled
 from lxt.composites import Composite, resolve
 from lxt.declarations import Declaration, declaration_of
 from lxt.declaring import run_declared
 from lxt.graph import refuse_foreign_functions
 from lxt.holds import Holds, make_constant, make_still
-from lxt.interfaces import SEEN_BY_THE_MODE, rewired_forward, uses_interface
+from lxt.interfaces import rewired_forward, uses_interface
 from lxt.marks import activations
 from lxt.mode import RuleMode, checkpoint_hook, recomputable, suspended
 from lxt.patches import fence_for, patch_map_for

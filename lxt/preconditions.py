@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lxt.interfaces import SEEN_BY_THE_MODE, uses_interface
+from lxt.attention import SEEN_BY_THE_MODE
+from lxt.interfaces import uses_interface
 from lxt.opnames import (
     BOUNDS,
     BY_RATIO,

@@ -6,19 +6,22 @@ off anywhere as x * c. `c_y` below is the coefficient that arrives at an operati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lxt import flash
 from lxt.coefficients import COEFFICIENTS, Coefficient, wide
 from lxt.dispatch import form, kernel
+from lxt.norm_rules import NormStyle, add_layer_norm, add_rms_norm, batch_norm, group_norm, layer_norm, rms_norm
 
 __all__ = [
     "NormStyle",
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "gated_product",
     "glu",
@@ -34,8 +37,6 @@ __all__ = [
     "tempered_softmax",
     "value_attention",
 ]
-
-NormStyle = Literal["llama", "gemma", "t5"]
 
 
 def stop(x: Tensor) -> Tensor:
@@ -86,143 +87,6 @@ def identity(x: Tensor, function: Callable[[Tensor], Tensor], coefficient: Coeff
     return _Identity.apply(x, function, COEFFICIENTS[coefficient] if isinstance(coefficient, str) else coefficient)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
-        # The casts are those of the architectures: the result must be theirs to the last bit.
-        h = x.to(torch.float32)
-        rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.style = style
-        ctx.save_for_backward(rstd, weight)
-        if style == "gemma":
-            return (h * rstd * (1.0 + weight.float())).type_as(x)
-        if style == "llama":
-            return weight * (h * rstd).to(x.dtype)
-        normed = x * rstd
-        return weight * (normed.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else normed)
-
-    @staticmethod
-    def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None, None, None]:
-        rstd, weight = ctx.saved_tensors
-        scale = 1.0 + weight.to(rstd.dtype) if ctx.style == "gemma" else weight
-        return (c_y * scale * rstd).to(c_y.dtype), None, None, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "llama") -> Tensor:
-    """RMSNorm with 1/sigma as a constant (AttnLRP Prop. 3.4): c_x = c_y * weight / sigma.
-
-    Saves 1/sigma only. `style` is where the architecture casts: `llama` before the weight, `gemma` after it and with
-    1 + weight, `t5` not at all.
-
-    Args:
-        x: [..., hidden]
-        weight: [hidden]
-    """
-    fused = kernel("rms_norm", x, weight) if weight.shape == x.shape[-1:] else None
-    return (fused or _RMSNorm.apply)(x, weight, eps, style)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        y, _, rstd = torch.native_layer_norm(x, list(shape), weight, bias, eps)
-        if rstd.dtype != wide(x.dtype):  # 16-bit statistics lose an order of magnitude
-            axes = tuple(range(-len(shape), 0))
-            rstd = torch.rsqrt(x.to(wide(x.dtype)).var(axes, correction=0, keepdim=True) + eps)
-        ctx.axes = len(shape)
-        ctx.save_for_backward(rstd, weight)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None, None, None, None]:
-        rstd, weight = ctx.saved_tensors
-        c = c_y.to(rstd.dtype) if weight is None else c_y * weight.to(rstd.dtype)
-        c = c - c.mean(tuple(range(-ctx.axes, 0)), keepdim=True)
-        return (c * rstd).to(c_y.dtype), None, None, None, None
-
-
-def layer_norm(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """LayerNorm with 1/sigma as a constant (AttnLRP Prop. 3.4); subtracting the mean stays a linear map.
-
-    c_x = (c - mean(c)) / sigma with c = c_y * weight. Saves 1/sigma only, in float32 or wider.
-    """
-    fused = kernel("layer_norm", x, weight, bias)
-    return (fused or _LayerNorm.apply)(x, normalized_shape, weight, bias, eps)
-
-
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        grouped = x.to(wide(x.dtype)).reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
-        ctx.groups = groups
-        ctx.save_for_backward(torch.rsqrt(grouped.var(-1, correction=0, keepdim=True) + eps), weight)
-        return F.group_norm(x, groups, weight, bias, eps)
-
-    @staticmethod
-    def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None, None, None, None]:
-        rstd, weight = ctx.saved_tensors
-        c = c_y.to(rstd.dtype)
-        if weight is not None:
-            c = c * weight.to(rstd.dtype).view(1, -1, *[1] * (c.dim() - 2))
-        c = c.reshape(c.shape[0], ctx.groups, math.prod(c.shape[1:]) // ctx.groups)
-        return ((c - c.mean(-1, keepdim=True)) * rstd).view_as(c_y).to(c_y.dtype), None, None, None, None
-
-
-def group_norm(
-    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    """GroupNorm with 1/sigma of each group as a constant, as `layer_norm`.
-
-    Args:
-        x: [batch, channel, ...]
-        weight: [channel]
-    """
-    return _GroupNorm.apply(x, groups, weight, bias, eps)
-
-
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        rstd = torch.rsqrt(variance.to(wide(variance.dtype)) + eps)
-        ctx.save_for_backward(rstd if weight is None else rstd * weight)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
-
-    @staticmethod
-    def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (scale,) = ctx.saved_tensors
-        return (c_y * scale.view(-1, *[1] * (c_y.dim() - 2))).to(c_y.dtype), None, None, None, None, None
-
-
-def batch_norm(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """BatchNorm by its running statistics, a linear map: c_x = c_y * weight / sigma.
-
-    Not left to torch, whose backward on the CPU is wrong for one sample and a gradient in another memory format than
-    x, as a `flatten(2).transpose(1, 2)` behind the norm makes it (torch 2.13).
-
-    Args:
-        x: [batch, channel, ...]
-        mean: [channel], as `variance`, `weight` and `bias`.
-    """
-    return _BatchNorm.apply(x, mean, variance, weight, bias, eps)
-
-
 def rms_norm_function(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -247,9 +111,10 @@ class _GatedProduct(torch.autograd.Function):
         stop_gate: bool,
     ) -> Tensor:
         activated = activation(gate)
-        ctx.stop_gate, ctx.coefficient, ctx.activation = stop_gate, coefficient, activation
+        ctx.stop_gate, ctx.coefficient = stop_gate, coefficient
         ctx.save_for_backward(*((activated,) if stop_gate else (gate, up)))
-        return activated * up
+        in_place = not stop_gate and activated.dtype == up.dtype and activated.shape == up.shape
+        return activated.mul_(up) if in_place and activated is not gate else activated * up
 
     @staticmethod
     def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
@@ -257,9 +122,10 @@ class _GatedProduct(torch.autograd.Function):
             (activated,) = ctx.saved_tensors
             return None, c_y * activated, None, None, None
         gate, up = ctx.saved_tensors
-        half = c_y * 0.5
-        coefficient = ctx.coefficient(gate.to(wide(gate.dtype))) * up  # first, so that a large up times 0 is 0
-        return (half * coefficient).to(gate.dtype), half * ctx.activation(gate), None, None, None
+        x = gate.to(wide(gate.dtype))
+        half = ctx.coefficient(x).mul_(0.5)
+        # f(x) is f(x)/x times x, for which nothing is computed twice; c_y last, so that a large up times 0 is 0
+        return (half * up).mul_(c_y).to(gate.dtype), half.mul_(x).mul_(c_y).to(up.dtype), None, None, None
 
 
 def gated_product(
@@ -331,16 +197,25 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.factor, ctx.dtype = factor, x.dtype
-        first, second = x.chunk(2, dim=-1)
-        return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+        # As the modeling files write it, and to their last bit: x * cos + cat(-second, first) * sin
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        y = x * cos
+        _halves(y)[0].sub_(_halves(x)[1] * _halves(sin)[0])
+        _halves(y)[1].add_(_halves(x)[0] * _halves(sin)[1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, c_y: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        c = c_y.to(wide(c_y.dtype))
-        first, second = (c * sin.unsqueeze(1)).chunk(2, dim=-1)
-        turned = torch.cat((second, -first), dim=-1)
-        return (ctx.factor * (c * cos.unsqueeze(1) + turned)).to(ctx.dtype), None, None, None
+        cos, sin = (ctx.factor * angle.unsqueeze(1) for angle in ctx.saved_tensors)
+        c_x = c_y * cos
+        _halves(c_x)[0].addcmul_(_halves(c_y)[1], _halves(sin)[1])
+        _halves(c_x)[1].addcmul_(_halves(c_y)[0], _halves(sin)[0], value=-1)
+        return c_x.to(ctx.dtype), None, None, None
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, factor: float = 1.0) -> Tensor:
@@ -388,6 +263,8 @@ def value_attention(
         places = (torch.arange(x.shape[-2], device=x.device) for x in (query, key))
         distance = next(places)[:, None] - next(places)
         attn_mask, is_causal = (distance >= 0) & (distance < window), False
+    if value.requires_grad and flash.applies(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+        return flash.attention(query, key, value, attn_mask, is_causal, scale, shares=(0.0, 0.0, 1.0))
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lxt import rules
-from lxt.marks import activations, is_activation, mark, mark_of
+from lxt.marks import activations, all_marked, is_activation, mark, mark_of
 
 __all__ = ["constant_if_shifted", "keep_shifted", "shifted_is_constant"]
 
@@ -29,6 +29,8 @@ def shifted_is_constant(handler: _Handler, summands: int = 0) -> _Handler:
     """
 
     def handle(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs and not _may_be_shifted(args):
+            return handler(func, args, kwargs)
         factors = activations((args[summands:], kwargs))
         shifted = sum(mark_of(factor) == "shifted" for factor in factors)
         if 0 < shifted < len(factors):
@@ -45,7 +47,7 @@ def keep_shifted(handler: _Handler) -> _Handler:
     """The handler of what sums up or puts together: of shifted operands alone, the result is shifted."""
 
     def handle(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        shifted = all(mark_of(operand) == "shifted" for operand in activations((args, kwargs)))
+        shifted = all_marked((args, kwargs), "shifted")
         result = handler(func, args, kwargs)
         return mark(result, "shifted") if shifted else result
 
@@ -56,12 +58,22 @@ def constant_if_shifted(handler: _Handler) -> _Handler:
     """The handler of an element-wise function, which is a constant where its operand is shifted."""
 
     def handle(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs and not _may_be_shifted(args):
+            return handler(func, args, kwargs)
         if any(mark_of(x) == "shifted" for x in activations((args, kwargs))):
             args, kwargs = tuple(map(_stopped, args)), {name: _stopped(value) for name, value in kwargs.items()}
             return func(*args, **kwargs)
         return handler(func, args, kwargs)
 
     return handle
+
+
+def _may_be_shifted(args: tuple[Any, ...]) -> bool:
+    """A quick look: nearly nothing is."""
+    for value in args:
+        if mark_of(value) == "shifted" or isinstance(value, (tuple, list)):
+            return True
+    return False
 
 
 def _stopped(value: Any) -> Any:

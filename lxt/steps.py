@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lxt.assembling import prediction
 from lxt.attribution import Attribution, Explained, Prediction
 from lxt.coefficients import wide
 from lxt.encdec import forward, inputs_of, with_prefix
 from lxt.inputs import Model, Row, check, context, offender, prepare, read, task
 from lxt.targets import Goal, Kind, evaluate
 from lxt.tokens import display
+from lxt.turns import backward, turns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,17 +204,13 @@ def attribute_steps(
             logits = (output.logits if hasattr(output, "logits") else output[0])[:, : len(written.target)]
             if not logits.isfinite().all():
                 raise ValueError(f"the logits of {type(model).__name__} are not finite: {offender(model)}")
-            goals = [Goal((token,), (0,), kind) for token in written.target]
-            values = [evaluate(logits[:, step : step + 1], [goal])[0] for step, goal in enumerate(goals)]
-            gradients = [
-                torch.autograd.grad(value.sum(), leaves, retain_graph=step + 1 < len(values))
-                for step, value in enumerate(values)
-            ]
-    dtype = wide(leaves[0].dtype)
-    relevance = [
-        torch.cat([(leaf.detach().to(dtype) * gradient.to(dtype)).sum(-1) for gradient in side]).cpu()
-        for leaf, side in zip(leaves, zip(*gradients, strict=True), strict=True)
-    ]
+            goals = [Goal((token,), (step,), kind) for step, token in enumerate(written.target)]
+            values, found = [], []
+            for number, turn in enumerate(turns([goals]), 1):
+                value, _ = evaluate(turn.of(logits), turn.goals)
+                found.append(backward(value, leaves, again=number < len(goals)))
+                values.append(value.detach().cpu())
+    source_relevance, prefix_relevance = (torch.cat(side) for side in zip(*found, strict=True))
     names, marks = display(written.prefix, tokenizer, model.config)
     return {
         "source": prepared.labels[0],
@@ -220,17 +218,14 @@ def attribute_steps(
         "target": display(written.target, tokenizer, model.config)[0],
         "source_special": prepared.special[0].tolist(),
         "prefix_special": marks,
-        "source_relevance": relevance[0],
-        "prefix_relevance": relevance[1],
-        "values": torch.cat(values).detach().cpu(),
-        "predictions": [_prediction(scores, tokenizer) for scores in logits[0].detach().to(dtype).cpu()],
+        "source_relevance": source_relevance,
+        "prefix_relevance": prefix_relevance,
+        "values": torch.cat(values),
+        "predictions": [
+            prediction(scores, model, tokenizer) for scores in logits[0].detach().to(wide(logits.dtype)).cpu()
+        ],
         "kind": kind,
     }
-
-
-def _prediction(scores: Tensor, tokenizer: Any) -> Prediction:
-    token = int(scores.argmax())
-    return Prediction(display([token], tokenizer)[0][0], token, float(scores[token]), float(scores.softmax(-1)[token]))
 
 
 def _given(target: str | Sequence[int], model: Model, tokenizer: Any) -> Written:

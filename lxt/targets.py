@@ -46,6 +46,8 @@ class Target:
             for one token and `logprob` for several, whose log-probabilities are summed.
         contrast: what to subtract: a token, or several, whose mean is taken.
         function: in place of a token, any function of the logits [batch, 1, vocabulary] to [batch].
+        rank: which of the model's predictions is explained where no token is given: 0 is the most probable one, 1 the
+            runner-up.
     """
 
     token: Token | Sequence[int] | None = None
@@ -53,6 +55,7 @@ class Target:
     kind: Kind | None = None
     contrast: Token | Sequence[Token] | None = None
     function: Score | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in get_args(Kind):
@@ -61,6 +64,10 @@ class Target:
             raise ValueError("a target that is a function takes no token, kind or contrast: it computes them itself")
         if self.position is not None and (isinstance(self.position, bool) or not isinstance(self.position, Integral)):
             raise TypeError(f"a target's position must be a whole number, got {self.position!r}")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, Integral) or self.rank < 0:
+            raise ValueError(f"a target's rank must be a whole number >= 0, got {self.rank!r}")
+        if self.rank and not (self.token is self.function is None):
+            raise ValueError("a rank chooses among the model's predictions: give it without a token and a function")
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Goal:
         contrast: ids whose mean is subtracted.
         function: the function of the logits, if it is one.
         span: the positions are an answer's start and end, and the ids tokens of the prompt (lxt.spans).
+        rank: which prediction is meant where there are no ids, 0 being the first.
     """
 
     ids: tuple[int, ...]
@@ -82,6 +90,7 @@ class Goal:
     contrast: tuple[int, ...] = ()
     function: Score | None = None
     span: bool = False
+    rank: int = 0
 
 
 def resolve(
@@ -111,7 +120,7 @@ def _one_each(target: object, contrast: object, count: int) -> list[Target]:
             )
         if isinstance(contrast, (list, tuple)) and len(contrast) > 1:
             raise ValueError(
-                "a list of targets with a list of contrasts can be read in two ways; give each prompt its own as "
+                "a list of targets with a list of contrasts can be read in two ways; give each target its own as "
                 "[lxt.Target(token, contrast=foil), ...]"
             )
         return [_target(one, contrast) for one in target]
@@ -162,7 +171,9 @@ class _Resolver:
             kind = "custom"
         else:
             kind = target.kind or ("logprob" if max(len(ids), len(masks)) > 1 else "logit")
-        goal = Goal(ids, (), kind, foils, target.function)
+        if target.rank:
+            self.rank_allowed(target.rank, len(masks))
+        goal = Goal(ids, (), kind, foils, target.function, rank=target.rank)
         if self.task == "seq2seq":
             if target.position not in (None, 0):
                 raise ValueError(
@@ -188,11 +199,27 @@ class _Resolver:
                 f"{type(self.model).__name__} answers by two positions of the prompt, so its target has no contrast "
                 "and no position; give a function of its logits [batch, start or end, token] instead"
             )
+        if target.rank:
+            raise ValueError(
+                f"{type(self.model).__name__} answers by two positions of the prompt, which have no common rank; give "
+                "the answers themselves, as text or as lxt.Target([first, last])"
+            )
         ids, positions = wanted(target.token, row, self.tokenizer)
         if target.kind == "prob" and len(positions) > 1:
             raise ValueError("kind='prob' is of a single token, and an answer has a start and an end; use 'logprob'")
         kind = "custom" if target.function is not None else target.kind or "logit"
         return Goal(ids, positions, kind, function=target.function, span=True)
+
+    def rank_allowed(self, rank: int, masks: int) -> None:
+        if masks > 1:
+            raise ValueError(
+                f"the prompt has {masks} masks, and a rank is of the predictions at one; say at which one: "
+                "lxt.Target(position=..., rank=...)"
+            )
+        size = self.model.config.num_labels if self.classifies else _vocabulary(self.model)
+        if rank >= size:
+            what = "classes" if self.classifies else "tokens"
+            raise ValueError(f"there is no prediction number {rank + 1}: {type(self.model).__name__} has {size} {what}")
 
     def sequence_allowed(self, target: Target, ids: tuple[int, ...], foils: tuple[int, ...], masks: int) -> None:
         if masks > 1 and not foils and target.kind in (None, "logprob"):
@@ -324,7 +351,7 @@ class _Resolver:
 
 def _few(names: Iterable[str], most: int = 12) -> str:
     """The first names, and how many there are."""
-    known = list(names)
+    known = [repr(name) for name in names]
     return ", ".join(known[:most]) + (f", … ({len(known)} in all)" if len(known) > most else "")
 
 
@@ -362,19 +389,23 @@ def evaluate(logits: Tensor, goals: Sequence[Goal]) -> tuple[Tensor, list[Goal]]
     """
     logits = logits.to(wide(logits.dtype))
     function = goals[0].function
-    if function is not None and all(goal.function is function for goal in goals):
+    alike = all(goal.function is function and len(goal.positions) == logits.shape[1] for goal in goals)
+    if function is not None and alike:
         return _custom(function, logits), list(goals)
     values, filled = [], []
     for row, goal in enumerate(goals):
         if goal.function is not None:
-            values.append(_custom(goal.function, logits[row : row + 1])[0])
+            values.append(_custom(goal.function, logits[row : row + 1, : len(goal.positions)])[0])
             filled.append(goal)
             continue
         scores = logits[row, : len(goal.positions)]
-        ids = goal.ids or (best(scores) if len(goal.positions) > 1 and goal.span else tuple(scores.argmax(-1).tolist()))
+        ids = goal.ids or (best(scores) if len(goal.positions) > 1 and goal.span else _ranked(scores, goal.rank))
         if set(ids) & set(goal.contrast):
+            which = (
+                f"the model's prediction number {goal.rank + 1}" if goal.rank else "the token that the model predicts"
+            )
             raise ValueError(
-                f"the contrast, id {ids[0]}, is the token that the model predicts, and their difference is 0; give the "
+                f"the contrast, id {ids[0]}, is {which}, and their difference is 0; give the "
                 "target explicitly, or another contrast"
             )
         if goal.kind == "logprob":
@@ -389,11 +420,28 @@ def evaluate(logits: Tensor, goals: Sequence[Goal]) -> tuple[Tensor, list[Goal]]
     return torch.stack(values), filled
 
 
+def _ranked(scores: Tensor, rank: int) -> tuple[int, ...]:
+    """At each position of [position, vocabulary] the token that is so many places behind the first."""
+    first = scores.argmax(-1)
+    if not rank:
+        return tuple(first.tolist())
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # stable: equal logits have one order for all ranks
+    rest = order[order != first[:, None]].view(len(scores), -1)
+    return tuple(rest[:, rank - 1].tolist())
+
+
 def _custom(function: Score, logits: Tensor) -> Tensor:
-    values = function(logits)
-    if isinstance(values, Tensor) and values.dim() == 0:
-        # One number for several rows: ask row by row, so that each row's explained value is known.
-        values = values[None] if len(logits) == 1 else torch.stack([function(row[None]) for row in logits])
+    try:
+        values = function(logits)
+        if isinstance(values, Tensor) and values.dim() == 0:
+            # One number for several rows: ask row by row, so that each row's explained value is known.
+            values = values[None] if len(logits) == 1 else torch.stack([function(row[None]) for row in logits])
+    except IndexError as error:
+        raise ValueError(
+            f"the target function reads outside of its logits, whose shape is {list(logits.shape)} = [batch, position, "
+            f"vocabulary] ({error}): they are those of the explained position alone, logits[:, -1]; choose another one "
+            "by lxt.Target(function=..., position=...)"
+        ) from error
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(

@@ -1,16 +1,23 @@
 """Llama and the decoders of its shape: RMSNorm, rotary attention, gated MLP."""
 
 from lxt.patches._forwards import gated_mlp, rms_norm_forward
+from lxt.patches._rotary import rotary_attention
 from lxt.patchmap import PatchMap
 
 __all__ = ["LLAMA", "MISTRAL", "QWEN2", "QWEN3", "llama_like"]
 
 
 def llama_like(prefix: str, *architectures: str) -> PatchMap:
-    """The map of an architecture whose classes are <prefix>RMSNorm, <prefix>MLP and <prefix>DecoderLayer."""
+    """The map of an architecture whose classes are <prefix>RMSNorm, <prefix>MLP, <prefix>Attention and
+    <prefix>DecoderLayer.
+    """
     return PatchMap(
         architectures=architectures,
-        forwards={f"{prefix}RMSNorm": rms_norm_forward("llama"), f"{prefix}MLP": gated_mlp()},
+        forwards={
+            f"{prefix}RMSNorm": rms_norm_forward("llama"),
+            f"{prefix}MLP": gated_mlp(),
+            f"{prefix}Attention": rotary_attention,
+        },
         layers=(f"{prefix}DecoderLayer",),
         head="self_attn.o_proj",
         neuron="mlp.down_proj",

@@ -212,8 +212,8 @@ def test_no_grad_and_inference_mode_outside_do_not_matter():
 @CAUSAL
 def test_the_auditor_agrees_on_the_same_request(build):
     explainer = Attributor(build().double())
-    rows = resolve([lxt.Target([7, 8]), None, 9], None, read(PROMPTS, explainer.model), explainer.model)
-    request = Request(*rows, groups=[[1, 0], [2]])
+    rows, goals = resolve([lxt.Target([7, 8]), None, 9], None, read(PROMPTS, explainer.model), explainer.model)
+    request = Request(rows, [[goal] for goal in goals], groups=[[1, 0], [2]], places=[[0], [1], [2]])
     for result, (relevance, unknown) in zip(explainer.results(request), explainer.audited(request), strict=True):
         assert_close(result.relevance, relevance)
         assert not unknown

@@ -14,7 +14,7 @@ from kernels import DEVICE, INTERPRETED
 from small import PROMPTS, a_tokenizer, gpt2, llama
 
 import lxt
-from lxt import dispatch, rules
+from lxt import dispatch, norm_rules, rules
 
 pytest.importorskip("triton")
 
@@ -111,6 +111,7 @@ def everywhere(monkeypatch):
 
     def switch():
         monkeypatch.setattr(rules, "kernel", forced)
+        monkeypatch.setattr(norm_rules, "kernel", forced)
         return calls
 
     return switch

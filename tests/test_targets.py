@@ -238,7 +238,7 @@ def test_a_missing_space_is_pointed_out(model, tokenizer):
 
 
 def test_unknown_labels_and_words(classifier, model):
-    with pytest.raises(ValueError, match=r"'hapy' is no class .* sad, happy, angry; did you mean 'happy'"):
+    with pytest.raises(ValueError, match=r"'hapy' is no class .* 'sad', 'happy', 'angry'; did you mean 'happy'"):
         one("hapy", classifier)
     with pytest.raises(
         ValueError, match="the target 3 is out of range: BertForSequenceClassification has classes 0 to 2"
