@@ -1,0 +1,178 @@
+"""Weights that stay in their files: read when a module runs, given back after it.
+
+accelerate's hooks do that for each module. What is added to them here:
+ 1. Of an embedding table only the rows of the tokens are read.
+ 2. While a layer computes, the kernel is asked for the next one's part of the file. In the backward, which recomputes
+    the layers from the last to the first, that is the one before.
+ 3. A recomputation may stop inside a module, once it has all that the backward needs, and the hook that gives the
+    module's weights back never runs. They are given back when another layer begins.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lxt.stored import Header, read_header
+
+__all__ = ["Reader", "byte_ranges", "give_back", "install"]
+
+PIECE = 2**20  # bytes; the kernel cuts a larger request to its read-ahead size
+Range = tuple[str, int, int]
+"""A file, and where in it the bytes begin and how many they are."""
+
+
+def install(model: nn.Module, blocks: Sequence[str], keep: object = None) -> WeightReader | None:
+    """Have accelerate's hooks read the offloaded weights through a WeightReader.
+
+    Args:
+        model: dispatched by accelerate.
+        blocks: the layers' names, in the order in which they run.
+        keep: kept alive as long as the weights are needed: the folder in which they lie.
+
+    Returns:
+        None where nothing is offloaded.
+    """
+    hooks = [(name, module, hook) for name, module in model.named_modules() for hook in _offloading_hooks(module)]
+    if not hooks:
+        return None
+    reader = WeightReader(hooks[0][2].weights_map.dataset, blocks, keep)
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name, module, hook in hooks:
+        hook.weights_map.dataset = reader
+        reader.serves(name, module)
+        if module is table and isinstance(module, nn.Embedding) and module.max_norm is None:
+            _read_rows_only(module, hook)
+    return reader
+
+
+class WeightReader(Mapping[str, Tensor]):
+    """accelerate's map of offloaded weights, that looks ahead."""
+
+    def __init__(self, weights: Any, blocks: Sequence[str], keep: object = None) -> None:
+        self.keep = keep
+        self._weights, self._blocks = weights, list(blocks)
+        self._modules: dict[int, list[weakref.ref[nn.Module]]] = {}
+        self._current: int | None = None
+        self._ahead = _ReadAhead()
+        ranges = byte_ranges(weights.index)
+        self._block_of = {name: self._number(name) for name in weights}
+        # An expert that the router doesn't choose is never read: what is stacked is left to what is asked for.
+        self._ranges: dict[int, list[Range]] = {}
+        for name, (place, shape) in ranges.items():
+            if self._block_of.get(name) is not None and len(shape) < 3:
+                self._ranges.setdefault(self._block_of[name], []).append(place)
+
+    def _number(self, name: str) -> int | None:
+        return next((i for i, block in enumerate(self._blocks) if name.startswith(f"{block}.")), None)
+
+    def serves(self, name: str, module: nn.Module) -> None:
+        """Tell it of a module whose weights it hands out."""
+        number = self._number(f"{name}.")
+        if number is not None:
+            self._modules.setdefault(number, []).append(weakref.ref(module))
+
+    def __getitem__(self, name: str) -> Tensor:
+        number = self._block_of[name]
+        if number is not None and number != self._current:
+            before, self._current = self._current, number
+            if before is not None:
+                give_back(module for reference in self._modules.get(before, ()) if (module := reference()) is not None)
+            following = number + (1 if before is None or number > before else -1)
+            self._ahead.ask(self._ranges.get(following, ()))
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def give_back(modules: Any) -> None:
+    """Put offloaded weights that were left in these modules back where they came from."""
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def byte_ranges(index: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Range, tuple[int, ...]]]:
+    """Where each weight of accelerate's index lies, and its shape, for those in safetensors files."""
+    headers: dict[str, Header] = {}
+    found = {}
+    for name, entry in index.items():
+        file = entry.get("safetensors_file")
+        if file is None:
+            continue
+        if file not in headers:
+            headers[file] = read_header(file)
+        header = headers[file]
+        tensor = header.tensors[entry.get("weight_name", name)]
+        begin, end = tensor["data_offsets"]
+        found[name] = (file, header.start + begin, end - begin), tuple(tensor["shape"])
+    return found
+
+
+class _ReadAhead:
+    """Asks the kernel for parts of files, in a thread of its own: asking waits while the disk is busy."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Sequence[Range] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def ask(self, ranges: Sequence[Range]) -> None:
+        if not ranges or not hasattr(os, "posix_fadvise"):
+            return
+        if self._thread is None or not self._thread.is_alive():  # a fork has no threads
+            self._thread = threading.Thread(target=_read_ahead, args=(self._asked,), daemon=True)
+            self._thread.start()
+            weakref.finalize(self, self._asked.put, None)
+        self._asked.put(ranges)
+
+
+def _read_ahead(asked: queue.SimpleQueue[Sequence[Range] | None]) -> None:
+    while (ranges := asked.get()) is not None:
+        for file, start, count in ranges:
+            try:
+                descriptor = os.open(file, os.O_RDONLY)
+            except OSError:
+                continue  # whoever needs the weight says so better
+            try:
+                for offset in range(start, start + count, PIECE):
+                    os.posix_fadvise(descriptor, offset, PIECE, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _offloading_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return [hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook.weights_map, "dataset")]
+
+
+def _read_rows_only(table: nn.Embedding, hook: Any) -> None:
+    """Instead of the table, give the module the rows that its ids name, and ids that count those."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class RowsOnly(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            ids, *rest = args if args else (kwargs.pop("input"),)
+            rows, places = ids.unique(return_inverse=True)
+            found = hook.weights_map["weight"][rows.cpu()].to(hook.execution_device, dtype)
+            module._parameters["weight"] = nn.Parameter(found, requires_grad=False)
+            return (places.to(hook.execution_device), *rest), kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            module._parameters["weight"] = absent
+            return output
+
+    absent = table._parameters["weight"]
+    dtype = table.weight.dtype
+    add_hook_to_module(table, RowsOnly())  # takes the place of the hook that reads all of it

@@ -1,0 +1,468 @@
+"""For gpu.py: a whole model of Llama-3.1-8B's shape, explained by lxt and by what lxt is compared with.
+
+Random weights: time needs no trained ones. The baseline is the plain model's forward and backward with frozen weights,
+SDPA and the last position's logits only. All methods run interleaved on one set of weights; a ratio is the median over
+rounds of two neighbours in one round.
+
+Operations are counted, not measured: two for each multiplication of the linear layers, and half of the T x T products
+of causal attention (two forward, four backward; under CP one, and no backward into gate, queries and keys). What
+attention computes again in its backward is not counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from gpu_rows import READY, Clock, Rows, summary
+from torch import Tensor, nn
+
+import lxt
+
+__all__ = ["LLAMA_8B", "Shape", "attribution", "compiled", "graphs", "long_contexts", "operations"]
+
+MODES = ("off", "exact", "fast")
+# By their names: matrix products and attention, torch's and ours. All others only move numbers.
+PRODUCTS = re.compile(
+    r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|flash|fmha|sdpa|attention|statistics_kernel|value_kernel", re.IGNORECASE
+)
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama; the width of a head is hidden / heads."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+LLAMA_8B = Shape(layers=32, hidden=4096, mlp=14336, heads=32, kv_heads=8, vocabulary=128256)
+
+
+def operations(shape: Shape, tokens: int, rules: str | None) -> float:
+    """Floating-point operations of a forward and a backward that explain the last position; `rules` None is plain."""
+    h, kv = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
+    linear = 2 * tokens * (2 * h * h + 2 * h * kv + 3 * h * shape.mlp)
+    stopped = 2 * tokens * (h * h + h * kv + h * shape.mlp) if rules == "cp" else 0
+    product = tokens * tokens * h
+    layer = 2 * linear - stopped + (3 if rules == "cp" else 6) * product
+    return float(shape.layers * layer + 4 * h * shape.vocabulary)
+
+
+def build(shape: Shape, device: torch.device) -> Any:
+    """The model in bf16, its weights made on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        attn_implementation="sdpa",
+        tie_word_embeddings=False,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    for name, parameter in model.named_parameters():  # whatever this version of transformers makes of them
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.ones_(parameter)
+        assert parameter.dtype == torch.bfloat16, name
+    return model.eval().requires_grad_(False)
+
+
+def prompt(model: Any, tokens: int) -> Tensor:
+    """[1, token, hidden], random embeddings of the size that the model's have."""
+    device = model.lm_head.weight.device
+    random = torch.Generator(device).manual_seed(tokens)
+    shape = (1, tokens, model.config.hidden_size)
+    return (0.02 * torch.randn(shape, generator=random, device=device)).to(model.lm_head.weight.dtype)
+
+
+def explained(model: Any, hidden: Tensor) -> Tensor:
+    return model.lm_head(hidden[:, -1]).max()
+
+
+def step(model: Any, decoder: Any, embeds: Tensor) -> Tensor:
+    """The gradient, or coefficient, of the last position's largest logit; `decoder` is model.model, compiled perhaps."""
+    x = embeds.detach().requires_grad_()
+    hidden = decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+    return torch.autograd.grad(explained(model, hidden), x)[0]
+
+
+def forward(model: Any, embeds: Tensor) -> Tensor:
+    with torch.no_grad():
+        return explained(model, model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+
+
+def documented(model: Any, embeds: Tensor) -> Tensor:
+    """Upstream's quickstart: the logits of all positions."""
+    x = embeds.detach().requires_grad_()
+    logits = model(inputs_embeds=x, use_cache=False).logits
+    return torch.autograd.grad(logits[0, -1, :].max(), x)[0]
+
+
+@contextmanager
+def kernels(mode: str) -> Iterator[None]:
+    before = os.environ.get("LXT_KERNELS")
+    os.environ["LXT_KERNELS"] = mode
+    try:
+        yield
+    finally:
+        os.environ.pop("LXT_KERNELS")
+        if before is not None:
+            os.environ["LXT_KERNELS"] = before
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to explain: `context` is entered before the clock starts, `run` is timed."""
+
+    name: str
+    run: Step
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    rules: str | None = None
+
+
+def patched(model: Any, rules: str, mode: str) -> Callable[[], AbstractContextManager[Any]]:
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with kernels(mode), lxt.monkey_patch(model.model, rules):
+            yield
+
+    return enter
+
+
+def methods(model: Any, upstream: str | None) -> list[Method]:
+    """The plain model, lxt with its kernels off and on, and upstream where it is at hand."""
+    found = [Method("plain", partial(step, model, model.model)), Method("plain forward", partial(forward, model))]
+    for rules in ("attnlrp", "cp"):
+        for mode in MODES:
+            name = f"{rules}, kernels {mode}"
+            found.append(Method(name, partial(step, model, model.model), patched(model, rules, mode), rules))
+        explainer = lxt.Attributor(model, rules=rules)
+        for mode in MODES:
+            name = f"{rules}, kernels {mode}, attribute()"
+            run = lambda x, explainer=explainer: explainer.attribute(x).relevance  # noqa: E731
+            found.append(Method(name, run, partial(kernels, mode), rules))
+    if upstream:
+        for rules in ("attnlrp", "cp"):
+            other = upstream_model(model, rules, upstream)
+            found.append(Method(f"upstream {rules}", partial(documented, other), rules=rules))
+    return found
+
+
+def attribution(
+    rows: Rows, device: torch.device, shape: Shape, lengths: tuple[int, ...], profiled: tuple[int, ...], upstream: str | None
+) -> None:
+    """Every method at every length: time, memory, TFLOP/s, and the kernels' shares at the `profiled` lengths."""
+    model = build(shape, device)
+    every = _with_upstream(rows, model, upstream)
+    for tokens in lengths:
+        embeds = prompt(model, tokens)
+        measure(rows, shape, model, embeds, every, 3 if tokens > 4096 else 5)
+        if tokens in profiled:
+            for method in every:
+                if method.rules != "upstream" and "forward" not in method.name and "attribute" not in method.name:
+                    name = f"T = {tokens}, {method.name}, by kernel"
+                    rows.attempt(name, partial(by_kernel, method, embeds), needs=3, tokens=tokens, method=method.name)
+
+
+def _with_upstream(rows: Rows, model: Any, upstream: str | None) -> list[Method]:
+    try:
+        return methods(model, upstream)
+    except Exception as error:  # upstream needs packages, and a transformers, that may be missing
+        rows.write("upstream", f"not importable: {type(error).__name__}: {error}")
+        return methods(model, None)
+
+
+def measure(rows: Rows, shape: Shape, model: Any, embeds: Tensor, every: list[Method], rounds: int) -> None:
+    """One row for each method at this length; the first run of each warms up and shows memory and the result."""
+    device, tokens = embeds.device, embeds.shape[1]
+    clock, results, ready = Clock(device), {}, {}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    for method in every:
+        key = f"T = {tokens}, {method.name}"
+
+        def warm(method: Method = method) -> dict[str, Any]:
+            _empty(device)
+            with method.context():
+                results[method.name] = method.run(embeds).detach()
+                clock.wait()
+            peak = torch.cuda.max_memory_allocated(device) - weights if device.type == "cuda" else 0
+            ready[method.name] = {"peak GiB above the weights": peak / 2**30}
+            return {"status": READY}
+
+        rows.attempt(key, warm, tokens=tokens, method=method.name)
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        if rows.left() < 0 and all(times.values()):
+            break
+        for method in every:
+            if method.name in ready:
+                with method.context():
+                    times[method.name].append(clock.once(lambda run=method.run: run(embeds)))
+    for method in every:
+        if method.name not in ready:
+            continue
+        found: dict[str, Any] = {"tokens": tokens, "method": method.name, **summary(times[method.name])}
+        for label, other in (("/ plain", "plain"), ("/ upstream", f"upstream {method.rules}")):
+            if other in times and other != method.name:
+                pairs = zip(times[method.name], times[other], strict=True)
+                found[label] = statistics.median(a / b for a, b in pairs)
+        if "forward" not in method.name and "attribute" not in method.name and "upstream" not in method.name:
+            found["TFLOP/s"] = operations(shape, tokens, method.rules) * 1e-9 / found["ms"]
+        off = results.get(f"{method.rules}, kernels off")
+        if off is not None and method.rules and results[method.name].shape == off.shape:
+            found["differs from kernels off by"] = _difference(results[method.name], off)
+        rows.write(f"T = {tokens}, {method.name}", **found, **ready[method.name])
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|"""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def _empty(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def by_kernel(method: Method, embeds: Tensor) -> dict[str, Any]:
+    """How much of the kernels' time goes into products, and which other kernels take most of it."""
+    on_gpu = embeds.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with method.context():
+        method.run(embeds)
+        with torch.profiler.profile(activities=[activity]) as profile:
+            method.run(embeds)
+            Clock(embeds.device).wait()
+    events = [event for event in profile.key_averages() if not on_gpu or "CUDA" in str(event.device_type)]
+    times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events}
+    counts = {event.key: event.count for event in events}
+    total = sum(times.values())
+    others = sorted((name for name in times if not PRODUCTS.search(name)), key=lambda name: -times[name])
+    return {
+        "kernels' ms": total / 1000,
+        "launches": sum(counts.values()),
+        "not products": sum(times[name] for name in others) / max(total, 1e-9),
+        "largest of them": [[name[:150], counts[name], times[name] / 1000] for name in others[:12]],
+        "products": [
+            [name[:150], counts[name], times[name] / 1000]
+            for name in sorted(set(times) - set(others), key=lambda name: -times[name])[:12]
+        ],
+    }
+
+
+@contextmanager
+def without_mask() -> Iterator[None]:
+    """Transformers makes no mask for one unpadded prompt, but during a capture it can't look, and makes one."""
+    from transformers.models.llama import modeling_llama
+
+    before = modeling_llama.create_causal_mask
+    modeling_llama.create_causal_mask = lambda *args, **kwargs: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        modeling_llama.create_causal_mask = before
+
+
+def captured(method: Method, embeds: Tensor) -> tuple[Callable[[], object], Tensor]:
+    """A CUDA graph of the forward and backward, and where it leaves its result."""
+    with method.context(), without_mask():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                method.run(embeds)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = method.run(embeds)
+    return graph.replay, result
+
+
+def graphs(rows: Rows, device: torch.device, shape: Shape, tokens: int, upstream: str | None) -> None:
+    """At a length where launches dominate: each of our forwards and backwards as one CUDA graph."""
+    model = build(shape, device)
+    embeds = prompt(model, tokens)
+    every = [m for m in _with_upstream(rows, model, upstream) if "attribute" not in m.name and "forward" not in m.name]
+    found = [*every]
+    for method in every:
+        if method.name.startswith("upstream"):
+            continue
+        name = f"{method.name}, CUDA graph"
+
+        def capture(method: Method = method, name: str = name) -> dict[str, Any]:
+            if device.type == "cuda":
+                replay, result = captured(method, embeds)
+            else:
+                with without_mask(), method.context():  # a dry run: what would be captured
+                    result = method.run(embeds)
+                replay = partial(method.run, embeds)
+
+            def run(x: Tensor) -> Tensor:
+                replay()
+                return result
+
+            found.append(Method(name, run, rules=method.rules))
+            return {"status": "captured"}
+
+        rows.attempt(f"capture of {method.name}", capture)
+    measure(rows, shape, model, embeds, found, 9)
+
+
+def compiled(rows: Rows, device: torch.device, shape: Shape, tokens: int, backend: str, upstream: str | None) -> None:
+    """torch.compile of the patched decoder in one graph; of fewer layers, as compiling takes time with each."""
+    model = build(shape, device)
+    embeds = prompt(model, tokens)
+    every = [m for m in _with_upstream(rows, model, upstream) if "attribute" not in m.name and "forward" not in m.name]
+    found = [m for m in every if m.rules is None or m.name.startswith("upstream") or m.name.endswith("kernels off")]
+    with ExitStack() as kept:
+        for rules in ("attnlrp", "cp", None):
+            name = f"{rules or 'plain'}{', kernels off' if rules else ''}, compiled"
+
+            def compile_one(rules: str | None = rules, name: str = name) -> dict[str, Any]:
+                torch.compiler.reset()  # one of them at a time, each under its own patch
+                context = patched(model, rules, "off") if rules else nullcontext
+                decoder = torch.compile(model.model, fullgraph=True, dynamic=False, backend=backend)
+                method = Method(name, partial(step, model, decoder), context, rules)
+                measure(rows, shape, model, embeds, [*found, method], 7)
+                return {"status": "compiled"}
+
+            rows.attempt(f"compiling {rules or 'plain'}", compile_one, needs=15)
+        kept.callback(torch.compiler.reset)
+
+
+def long_contexts(rows: Rows, device: torch.device, shape: Shape, lengths: tuple[int, ...]) -> None:
+    """One run each, every layer checkpointed: seconds and peak memory."""
+    model = build(shape, device)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.model.layers:
+        layer.training = True  # of the layer object alone: transformers checkpoints in training only
+    every = [m for m in methods(model, None) if "attribute" not in m.name and "exact" not in m.name]
+    order = ["attnlrp, kernels fast", "cp, kernels fast", "plain", "attnlrp, kernels off", "cp, kernels off"]
+    every = sorted((m for m in every if m.name in order), key=lambda m: order.index(m.name))
+    short = prompt(model, 512)
+    for method in every:
+        rows.attempt(f"warm-up of {method.name}", lambda method=method: {"ms": _once(method, short)["seconds"] * 1000})
+    took = 0.0
+    for place, tokens in enumerate(lengths):
+        embeds = prompt(model, tokens)
+        grows = 0.0 if not place else took * (tokens / lengths[place - 1]) ** 1.8  # between linear and quadratic
+        for method in every:
+            known = {"tokens": tokens, "method": method.name}
+
+            def run(method: Method = method, embeds: Tensor = embeds) -> dict[str, Any]:
+                nonlocal took
+                found = _once(method, embeds)
+                took = max(took, found["seconds"])
+                return found
+
+            rows.attempt(f"T = {tokens}, {method.name}", run, needs=grows, **known)
+
+
+def _once(method: Method, embeds: Tensor) -> dict[str, Any]:
+    device = embeds.device
+    _empty(device)
+    with method.context():
+        milliseconds = Clock(device).once(lambda: method.run(embeds))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"seconds": milliseconds / 1000, "peak GiB": peak / 2**30}
+
+
+class _Table(dict):
+    """A plain dict as attention table, which is what upstream 2.1 makes of it, with the method that transformers 5 calls."""
+
+    def get_interface(self, name: str, default: Callable) -> Callable:
+        return self.get(name, default)
+
+
+def upstream_model(model: Any, rules: str, path: str) -> Any:
+    """The same weights in a model whose classes are copies, which upstream has patched.
+
+    Upstream patches classes for good, so it gets a second copy of transformers' module.
+    """
+    patches = _upstream_patches(path)
+    module = _copied_module(rules)
+    module.ALL_ATTENTION_FUNCTIONS = _Table(module.ALL_ATTENTION_FUNCTIONS.items())
+    gated, attend = (
+        (patches.gated_mlp_forward, patches.patch_attention)
+        if rules == "attnlrp"
+        else (patches.cp_gated_mlp_forward, patches.patch_cp_attention)
+    )
+    done = (
+        patches.patch_method(gated, module.LlamaMLP),
+        patches.patch_method(patches.rms_norm_forward, module.LlamaRMSNorm),
+        attend(module),
+    )
+    if not all(done):
+        raise RuntimeError(f"upstream patched {done} of Llama's MLP, norm and attention")
+    module.ALL_ATTENTION_FUNCTIONS = _Table(module.ALL_ATTENTION_FUNCTIONS)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for part in twin.modules():
+        if type(part).__module__ == "transformers.models.llama.modeling_llama":
+            part.__class__ = getattr(module, type(part).__name__)
+    return twin
+
+
+def _copied_module(rules: str) -> ModuleType:
+    from transformers.models.llama import modeling_llama
+
+    name = f"transformers.models.llama.modeling_llama_{rules}"
+    spec = importlib.util.spec_from_file_location(name, modeling_llama.__file__)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _upstream_patches(path: str) -> ModuleType:
+    """Upstream's lxt.efficient.patches; it is called lxt as we are, so it is imported while we are out of the way."""
+    if not (Path(path) / "lxt" / "efficient" / "patches.py").exists():
+        raise ImportError(f"$UPSTREAM_LXT is {path}, where no lxt/efficient/patches.py lies")
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name == "lxt" or name.startswith("lxt.")]
+
+    kept = {name: sys.modules.pop(name) for name in ours()}
+    sys.path.insert(0, path)
+    try:
+        from lxt.efficient import patches  # type: ignore[attr-defined]
+    finally:
+        sys.path.remove(path)
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(kept)
+    return patches
