@@ -1,12 +1,14 @@
-"""torch.compile: the rules run eagerly, whatever is compiled: the model, a part of it, or a function around it.
+"""torch.compile: a patched model goes into its graph as one call (lxt.onegraph), or runs eagerly inside it.
 
-A compiler that traced the rules would hide from them what it fuses, and from the search of the graph what it calls.
+What dynamo would make of the rules' own Python is not theirs: it hides what it fuses from them, and what it calls from
+the search of the graph.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["call_eagerly", "compiled_inside", "eager_caller", "is_compiled", "make_uncompiled", "uncompiled"]
+__all__ = [
+    "PATCHES",
+    "call",
+    "call_eagerly",
+    "compiled_inside",
+    "eager_caller",
+    "is_compiled",
+    "make_uncompiled",
+    "uncompiled",
+]
+
+# A compiled graph can't hold a patch and holds its name, new for each and so in no cache of compiled code.
+PATCHES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def call_eagerly(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -31,10 +45,11 @@ def eager_caller() -> Callable:
 
 @functools.cache
 def _untraced() -> Callable:
-    return torch.compiler.disable(_call, reason="lxt's rules run eagerly: compile without fullgraph=True")
+    return torch.compiler.disable(call, reason="lxt's rules run eagerly: compile without fullgraph=True")
 
 
-def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
+def call(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`."""
     return function(*args, **kwargs)
 
 

@@ -216,7 +216,7 @@ class _Tiles:
             scores = torch.bmm(query, self.key_columns[:, :, columns])
             if self.mask is not None:
                 shown = (rows if self.mask.shape[-2] > 1 else slice(None)), columns
-                scores.view(self.batch, self.groups, self.each, -1, scores.shape[-1]).add_(self.mask[..., *shown])
+                scores.view(self.batch, self.groups, self.each, -1, scores.shape[-1]).add_(self.mask[(..., *shown)])
             probabilities = scores.sub_(lse).exp_()
             if self.is_causal and columns.stop > rows.start:
                 count, seen = rows.stop - rows.start, max(columns.start, rows.start)

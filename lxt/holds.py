@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Holds", "make_constant", "make_still"]
+__all__ = ["Holds", "make_constant", "make_still", "parts_of"]
 
 Undo = Callable[[], Any]
 
@@ -21,33 +21,50 @@ class Holds:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[Any, tuple[int, Undo]] = {}
+        self._held: dict[int, tuple[int, Undo, Any]] = {}  # id -> how many runs, how to undo it, the object
 
     @contextmanager
     def hold(self, objects: Iterable[Any], change: Callable[[Any], Undo | None]) -> Iterator[None]:
         """Meanwhile all `objects` are changed.
 
         Args:
-            objects: hashable by identity.
+            objects: those that may need the change.
             change: makes the change and returns how to undo it, or None where there is nothing to change.
         """
-        mine: list[Any] = []
+        mine: list[int] = []
         try:
             with self._lock:
                 for item in objects:
-                    count, undo = self._held.get(item) or (0, change(item))
+                    count, undo, _ = self._held.get(id(item)) or (0, change(item), item)
                     if undo is not None:
-                        self._held[item] = count + 1, undo
-                        mine.append(item)
+                        self._held[id(item)] = count + 1, undo, item
+                        mine.append(id(item))
             yield
         finally:
             with self._lock:
-                for item in mine:
-                    count, undo = self._held.pop(item)
+                for key in mine:
+                    count, undo, item = self._held.pop(key)
                     if count > 1:
-                        self._held[item] = count - 1, undo
+                        self._held[key] = count - 1, undo, item
                     else:
                         undo()
+
+
+def parts_of(module: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """All its modules and all their parameters, each once; torch's own walks also put their names together."""
+    modules: dict[nn.Module, None] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    todo: list[nn.Module | None] = [module]
+    while todo:
+        part = todo.pop()
+        if part is None or part in modules:
+            continue
+        modules[part] = None
+        todo += part._modules.values()
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+    return list(modules), list(parameters.values())
 
 
 def make_constant(parameter: nn.Parameter) -> Undo | None:
@@ -68,13 +85,15 @@ def make_still(module: nn.Module) -> Undo | None:
 
     A module that checkpoints keeps the flag, since transformers asks for it then, and drops no layers all the same.
     """
-    if module.training and not getattr(module, "gradient_checkpointing", False):
+    if not module.training:
+        return None
+    if not getattr(module, "gradient_checkpointing", False):
         module.training = False
         return partial(setattr, module, "training", True)
     own = module.__dict__
-    still: dict[str, Any] = {"layerdrop": 0.0} if module.training and own.get("layerdrop") else {}
+    still: dict[str, Any] = {"layerdrop": 0.0} if own.get("layerdrop") else {}
     rates = getattr(own.get("config"), "__dict__", {})
-    if module.training and any(rate for name, rate in rates.items() if name.endswith("layerdrop")):
+    if any(rate for name, rate in rates.items() if name.endswith("layerdrop")):
         still["config"] = copy.copy(own["config"])  # others may have this one, too
         for name in rates:
             if name.endswith("layerdrop"):

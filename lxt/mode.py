@@ -21,6 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C import _autograd, _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C import _get_function_stack_at as _function_stack_at
+from torch._C import _len_torch_function_stack as _function_stack_size
+from torch._C import _pop_torch_function_stack as _pop_function_stack
+from torch._C import _push_on_torch_function_stack as _push_function_stack
 from torch.overrides import TorchFunctionMode
 
 from lxt.compiling import compiled_inside
@@ -42,6 +46,7 @@ __all__ = [
     "plain_gradient",
     "recomputable",
     "suspended",
+    "unwatched",
 ]
 
 
@@ -57,7 +62,6 @@ class RuleMode(TorchFunctionMode):
         super().__init__()
         self.composite = composite
         self._named = _table(composite, tuple(sorted((operations or {}).items())))
-        self._plain = KNOWN | {name for name, kind in (operations or {}).items() if kind == "linear"}
         self._by_map = frozenset(operations or ())
         self._declared = {name: rule for name, rule in declared_operations().items() if name not in self._by_map}
         self._resolved: dict[Any, tuple[Handler, bool]] = {}  # with whether it is for activations only
@@ -146,7 +150,7 @@ class RuleMode(TorchFunctionMode):
             return self._named[name]
         if name in MARK_KEEPING:
             return _keep_mark
-        if name in self._plain:
+        if name in KNOWN:
             return run
         if getattr(func, "__code__", None) is not None:
             return self._enter_function
@@ -172,19 +176,37 @@ class RuleMode(TorchFunctionMode):
 
 
 def _entered_modes() -> list[RuleMode]:
-    modes = torch.overrides._get_current_function_mode_stack()
+    modes = map(_function_stack_at, range(_function_stack_size()))
     return [mode for mode in modes if isinstance(mode, RuleMode)]
 
 
 def current_mode() -> RuleMode | None:
     """The mode that is entered in this thread; patched models enter one at a time."""
-    return next(reversed(_entered_modes()), None)
+    for place in reversed(range(_function_stack_size())):
+        mode = _function_stack_at(place)
+        if isinstance(mode, RuleMode):
+            return mode
+    return None
 
 
 def suspended() -> bool:
     """Whether operations run as they are, as inside something that has a rule as a whole."""
     mode = current_mode()
     return mode is not None and mode.suspended
+
+
+def unwatched(rule: Callable, *args: Any) -> Any:
+    """`rule(*args)` with the mode out of the way, where it is the innermost: what it sees in a rule costs time only.
+
+    For autograd functions, which run their forwards with gradients off, and for what leads to them.
+    """
+    if not _function_stack_size() or not isinstance(_function_stack_at(_function_stack_size() - 1), RuleMode):
+        return rule(*args)
+    mode = _pop_function_stack()
+    try:
+        return rule(*args)
+    finally:
+        _push_function_stack(mode)
 
 
 def _hidden_activation(value: Any) -> bool:

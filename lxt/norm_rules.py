@@ -71,7 +71,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, c_normed: Tensor | None, c_summed: Tensor | None) -> tuple[Tensor | None, ...]:
-        c = c_normed if c_normed is None else _rms_coefficient(ctx, c_normed)
+        c = c_normed if c_normed is None else _rms_coefficient(ctx, c_normed).to(c_normed.dtype)
         return *_to_both(ctx, c, c_summed), None, None, None
 
 
@@ -83,7 +83,7 @@ def _sum(ctx: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _to_both(ctx: Any, c: Tensor | None, c_summed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What comes through the norm and beside it, added before either is rounded."""
+    """What comes through the norm and beside it: to the last bit what autograd makes of the two operations."""
     if c is None or c_summed is None:
         c = c_summed if c is None else c
     else:
@@ -180,7 +180,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, c_normed: Tensor | None, c_summed: Tensor | None) -> tuple[Tensor | None, ...]:
-        c = c_normed if c_normed is None else _layer_norm_coefficient(ctx, c_normed)
+        c = c_normed if c_normed is None else _layer_norm_coefficient(ctx, c_normed).to(c_normed.dtype)
         return *_to_both(ctx, c, c_summed), None, None, None, None
 
 

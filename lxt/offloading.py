@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lxt.stored import Header, read_header
 
-__all__ = ["Reader", "byte_ranges", "give_back", "install"]
+__all__ = ["WeightReader", "byte_ranges", "give_back", "install"]
 
 PIECE = 2**20  # bytes; the kernel cuts a larger request to its read-ahead size
 Range = tuple[str, int, int]

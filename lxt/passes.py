@@ -99,10 +99,10 @@ def run(
         with (
             capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
             narrowed(_head(model), where) as finish,
-            only_at(last, where),
             # on the bare model too: torch has another kernel where an attention bias requires grad
             Holds().hold(model.parameters(), make_constant),
             patch(),
+            only_at(last, where),  # around the layer's fused forward, where it has one
         ):
             output = forward(model, prepared)
             logits = finish(_logits(output, model))

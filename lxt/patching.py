@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,12 +26,12 @@ import torch
 from torch import nn
 
 from lxt.attention import SEEN_BY_THE_MODE
-from lxt.compiling import call_eagerly, eager_caller, is_compiled, make_uncompiled, uncompiled
+from lxt.compiling import PATCHES, call_eagerly, eager_caller, is_compiled, make_uncompiled, uncompiled
 from lxt.composites import Composite, resolve
 from lxt.declarations import Declaration, declaration_of
 from lxt.declaring import run_declared
 from lxt.graph import refuse_foreign_functions
-from lxt.holds import Holds, make_constant, make_still
+from lxt.holds import Holds, make_constant, make_still, parts_of
 from lxt.interfaces import rewired_forward, uses_interface
 from lxt.marks import activations
 from lxt.mode import RuleMode, checkpoint_hook, recomputable, suspended
@@ -208,6 +209,11 @@ class _ModelPatch(_Patch):
         self._mode()  # a wrong declaration fails here and not in the first forward
         self._holds, self._still, self._compiled = Holds(), Holds(), Holds()
         self.fused: dict[str, int] = {}
+        self.name = uuid.uuid4().hex  # to compiled graphs, with all that they need to know:
+        self.entries: list[tuple[Callable[[], nn.Module | None], Callable]] = []
+        self.why_eager: str | None = None
+        self.traces_own = False
+        PATCHES[self.name] = self
         try:
             for module in model.modules():
                 self._patch_module(module, is_target=module is model)
@@ -244,7 +250,7 @@ class _ModelPatch(_Patch):
 
     def _let_enter(self, module: nn.Module, is_target: bool) -> None:
         if is_target or _is_entry(module):
-            self._undo.callback(swap_forward(module, self._entry))
+            self._undo.callback(swap_forward(module, functools.partial(self._entry, weakref.ref(module))))
 
     def _declared(self, declaration: Declaration) -> Callable[[Callable], Callable]:
         rule = declaration.rule
@@ -272,14 +278,15 @@ class _ModelPatch(_Patch):
 
         return make
 
-    def _entry(self, previous: Callable) -> Callable:
-        untraced = eager_caller()
+    def _entry(self, home: Callable[[], nn.Module | None], previous: Callable) -> Callable:
+        number = str(len(self.entries))
+        self.entries.append((home, previous))
 
         def entered_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return previous(module, *args, **kwargs)
             if torch.compiler.is_dynamo_compiling():
-                return untraced(entered_forward, module, *args, **kwargs)
+                return self._in_graph(number, module, previous, args, kwargs)
             if _RUNNING.get() is None:
                 return call_eagerly(self.run, module, previous, args, kwargs)
             if checkpoint_hook() is None:
@@ -288,6 +295,17 @@ class _ModelPatch(_Patch):
                 return previous(module, *args, **kwargs)
 
         return entered_forward
+
+    def _in_graph(
+        self, number: str, module: nn.Module, previous: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        from lxt.onegraph import forward_in_graph, plain_in_graph  # loads the compiler
+
+        if self.traces_own:
+            return previous(module, *args, **kwargs)
+        if torch.is_grad_enabled():
+            return forward_in_graph(self, number, module, previous, args, kwargs)
+        return plain_in_graph(self, module, previous, args, kwargs)
 
     def run(self, module: nn.Module, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`forward(module, *args, **kwargs)` under the rules, as the outermost forward."""
@@ -301,15 +319,18 @@ class _ModelPatch(_Patch):
     @contextmanager
     def _running(self, module: nn.Module) -> Iterator[RuleMode]:
         token = _RUNNING.set(self)
-        modules = list(module.modules())
-        # Without gradients nothing needs constants, and torch's choice of kernels would see the difference.
-        parameters = module.parameters() if torch.is_grad_enabled() else ()
+        modules, parameters = parts_of(module)
+        compiled = [part for part in modules if "_compiled_call_impl" in part.__dict__]
+        checkpointing = [part for part in modules if "_gradient_checkpointing_func" in part.__dict__]
+        if not torch.is_grad_enabled():
+            # Nothing needs constants, and torch's choice of kernels would see the difference.
+            parameters, checkpointing = [], []
         try:
             with (
                 self._holds.hold(parameters, make_constant),
                 self._still.hold(modules, make_still),
-                self._compiled.hold(modules, make_uncompiled),
-                self._holds.hold(modules if torch.is_grad_enabled() else (), self._checkpoint_under_rules),
+                self._compiled.hold(compiled, make_uncompiled),
+                self._holds.hold(checkpointing, self._checkpoint_under_rules),
                 self._mode() as mode,
             ):
                 yield mode

@@ -23,6 +23,7 @@ from lxt.stored import Stored
 __all__ = ["Budget", "Placement", "blocks_of", "load_placed", "plan"]
 
 FOR_ACTIVATIONS = 4  # one part in so many of each memory stays free of weights
+CPU = torch.device("cpu")
 SMALL = 64 * 2**20  # bytes; what isn't a layer and smaller stays in memory: norms, positions, a classifier's head
 
 
@@ -38,7 +39,7 @@ class Budget:
 
     memory: int
     gpu_memory: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ def _one_each(target: object, contrast: object, count: int) -> list[Target]:
     if isinstance(target, (list, tuple)):
         if len(target) != count:
             raise ValueError(
-                f"a list of targets needs one per prompt: {len(target)} targets for {count}; for a sequence of ids "
-                "use lxt.Target([...])"
+                f"a list of targets needs one per prompt: {len(target)} targets for {count}; for several targets of a "
+                "prompt use attribute_targets(), for a sequence of ids lxt.Target([...])"
             )
         if isinstance(contrast, (list, tuple)) and len(contrast) > 1:
             raise ValueError(

@@ -25,6 +25,7 @@ __all__ = [
     "coefficient_of",
     "fused_gate_up_mlp",
     "gated_mlp",
+    "hooked",
     "rebound",
     "rms_norm_forward",
     "with_names",
@@ -67,7 +68,7 @@ def gated_mlp(
             return None
 
         def forward(self: Any, x: Tensor) -> Tensor:
-            if _hooked(getattr(self, act)):
+            if hooked(getattr(self, act)):
                 return type(self).forward(self, x)
             activation = _bare(getattr(self, act))
             stop_gate = composite.product == "stop_gate"
@@ -86,7 +87,7 @@ def fused_gate_up_mlp(module: Any, composite: Composite) -> Callable | None:
         return None
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if _hooked(self.activation_fn):
+        if hooked(self.activation_fn):
             return type(self).forward(self, hidden_states)
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         stop_gate = composite.product == "stop_gate"
@@ -140,7 +141,7 @@ def activation_fence(module: nn.Module, composite: Composite) -> Callable | None
     return forward
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether somebody reads or replaces the activation, which a fused product never shows."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 

@@ -51,8 +51,7 @@ def _is_half_turn(apply: Callable, size: int) -> bool:
     try:
         with torch.no_grad():
             return all(
-                torch.equal(found, _turned(x, cos, sin))
-                for x, found in zip((q, k), apply(q, k, cos, sin), strict=True)
+                torch.equal(found, _turned(x, cos, sin)) for x, found in zip((q, k), apply(q, k, cos, sin), strict=True)
             )
     except (RuntimeError, TypeError, ValueError):
         return False

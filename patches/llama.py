@@ -1,6 +1,7 @@
 """Llama and the decoders of its shape: RMSNorm, rotary attention, gated MLP."""
 
 from lxt.patches._forwards import gated_mlp, rms_norm_forward
+from lxt.patches._layers import pre_norm_layer
 from lxt.patches._rotary import rotary_attention
 from lxt.patchmap import PatchMap
 
@@ -17,6 +18,7 @@ def llama_like(prefix: str, *architectures: str) -> PatchMap:
             f"{prefix}RMSNorm": rms_norm_forward("llama"),
             f"{prefix}MLP": gated_mlp(),
             f"{prefix}Attention": rotary_attention,
+            f"{prefix}DecoderLayer": pre_norm_layer("llama"),
         },
         layers=(f"{prefix}DecoderLayer",),
         head="self_attn.o_proj",

@@ -52,11 +52,8 @@ def bart() -> nn.Module:
     torch.manual_seed(0)
     size = {f"{side}_{name}": number for side in ("encoder", "decoder") for name, number in
             (("layers", 2), ("attention_heads", 4), ("ffn_dim", 40))}  # fmt: skip
-    return tf.BartForSequenceClassification(
-        tf.BartConfig(
-            vocab_size=60, d_model=32, max_position_embeddings=32, init_std=0.2, num_labels=3, eos_token_id=5, **size
-        )
-    ).eval()
+    size |= {"vocab_size": 60, "d_model": 32, "max_position_embeddings": 32, "num_labels": 3, "eos_token_id": 5}
+    return tf.BartForSequenceClassification(tf.BartConfig(init_std=0.2, **size)).eval()
 
 
 WORDS = [50, lxt.Target(51, kind="prob"), lxt.Target(rank=1), lxt.Target(50, contrast=51)]
@@ -304,7 +301,7 @@ def test_check_judges_all_targets(name):
     make, targets = CASES[name]
     explainer = Attributor(make().double())
     with Float64():
-        out = explainer.attribute_targets([PROMPT, PROMPT[:6]], targets)
+        out = explainer.attribute_targets([PROMPT, [*PROMPT[:5], 5]], targets)
         report = out.check()
     assert report.ok
     assert report.audit_difference is not None
@@ -342,7 +339,7 @@ def test_checkpointing_recomputes_for_each_backward(rules):
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_what_lives_during_a_backward_does_not_grow(checkpoints, monkeypatch):
-    """Tensors alive before the second backward and before the last; the results of those between are small."""
+    """Tensors that Python holds before the second backward and before the last: the results of those between."""
     model, living = llama(), []
     if checkpoints:
         checkpointed(model.train())
@@ -361,7 +358,6 @@ def test_what_lives_during_a_backward_does_not_grow(checkpoints, monkeypatch):
     assert len(living) == 20
     relevance = 4 * len(prompt)
     assert living[-1] - living[1] <= 18 * 2 * relevance  # a prompt's relevance for each, and its value; not a layer
-    assert living[-1] - living[1] < 0.02 * living[1]
 
 
 # What can't be

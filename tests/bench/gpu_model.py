@@ -12,21 +12,19 @@ attention computes again in its backward is not counted.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import re
 import statistics
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from gpu_rows import READY, Clock, Rows, summary
+from gpu_upstream import patched_by_upstream
 from torch import Tensor, nn
 
 import lxt
@@ -36,7 +34,8 @@ __all__ = ["LLAMA_8B", "Shape", "attribution", "compiled", "graphs", "long_conte
 MODES = ("off", "exact", "fast")
 # By their names: matrix products and attention, torch's and ours. All others only move numbers.
 PRODUCTS = re.compile(
-    r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|flash|fmha|sdpa|attention|statistics_kernel|value_kernel", re.IGNORECASE
+    r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|flash|fmha|sdpa|attention|statistics_kernel|value_kernel",
+    re.IGNORECASE,
 )
 Step = Callable[[Tensor], Tensor]
 
@@ -99,6 +98,11 @@ def build(shape: Shape, device: torch.device) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def shared_copy(model: Any) -> Any:
+    """A model of its own with the same weights in memory."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def prompt(model: Any, tokens: int) -> Tensor:
     """[1, token, hidden], random embeddings of the size that the model's have."""
     device = model.lm_head.weight.device
@@ -112,7 +116,7 @@ def explained(model: Any, hidden: Tensor) -> Tensor:
 
 
 def step(model: Any, decoder: Any, embeds: Tensor) -> Tensor:
-    """The gradient, or coefficient, of the last position's largest logit; `decoder` is model.model, compiled perhaps."""
+    """The coefficients of the last position's largest logit; `decoder` is model.model, or that compiled."""
     x = embeds.detach().requires_grad_()
     hidden = decoder(inputs_embeds=x, use_cache=False).last_hidden_state
     return torch.autograd.grad(explained(model, hidden), x)[0]
@@ -175,13 +179,18 @@ def methods(model: Any, upstream: str | None) -> list[Method]:
             found.append(Method(name, run, partial(kernels, mode), rules))
     if upstream:
         for rules in ("attnlrp", "cp"):
-            other = upstream_model(model, rules, upstream)
+            other = patched_by_upstream(shared_copy(model), rules, upstream)
             found.append(Method(f"upstream {rules}", partial(documented, other), rules=rules))
     return found
 
 
 def attribution(
-    rows: Rows, device: torch.device, shape: Shape, lengths: tuple[int, ...], profiled: tuple[int, ...], upstream: str | None
+    rows: Rows,
+    device: torch.device,
+    shape: Shape,
+    lengths: tuple[int, ...],
+    profiled: tuple[int, ...],
+    upstream: str | None,
 ) -> None:
     """Every method at every length: time, memory, TFLOP/s, and the kernels' shares at the `profiled` lengths."""
     model = build(shape, device)
@@ -191,7 +200,7 @@ def attribution(
         measure(rows, shape, model, embeds, every, 3 if tokens > 4096 else 5)
         if tokens in profiled:
             for method in every:
-                if method.rules != "upstream" and "forward" not in method.name and "attribute" not in method.name:
+                if "forward" not in method.name and "attribute" not in method.name:
                     name = f"T = {tokens}, {method.name}, by kernel"
                     rows.attempt(name, partial(by_kernel, method, embeds), needs=3, tokens=tokens, method=method.name)
 
@@ -208,17 +217,16 @@ def measure(rows: Rows, shape: Shape, model: Any, embeds: Tensor, every: list[Me
     """One row for each method at this length; the first run of each warms up and shows memory and the result."""
     device, tokens = embeds.device, embeds.shape[1]
     clock, results, ready = Clock(device), {}, {}
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     for method in every:
         key = f"T = {tokens}, {method.name}"
 
         def warm(method: Method = method) -> dict[str, Any]:
-            _empty(device)
+            before = _empty(device)
             with method.context():
                 results[method.name] = method.run(embeds).detach()
                 clock.wait()
-            peak = torch.cuda.max_memory_allocated(device) - weights if device.type == "cuda" else 0
-            ready[method.name] = {"peak GiB above the weights": peak / 2**30}
+            peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+            ready[method.name] = {"peak GiB beside the weights": peak / 2**30}
             return {"status": READY}
 
         rows.attempt(key, warm, tokens=tokens, method=method.name)
@@ -251,10 +259,13 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def _empty(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+def _empty(device: torch.device) -> int:
+    """Start to watch the memory; gives the bytes in use."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def by_kernel(method: Method, embeds: Tensor) -> dict[str, Any]:
@@ -347,20 +358,26 @@ def compiled(rows: Rows, device: torch.device, shape: Shape, tokens: int, backen
     embeds = prompt(model, tokens)
     every = [m for m in _with_upstream(rows, model, upstream) if "attribute" not in m.name and "forward" not in m.name]
     found = [m for m in every if m.rules is None or m.name.startswith("upstream") or m.name.endswith("kernels off")]
-    with ExitStack() as kept:
+    with kernels("off"), ExitStack() as kept:
         for rules in ("attnlrp", "cp", None):
-            name = f"{rules or 'plain'}{', kernels off' if rules else ''}, compiled"
 
-            def compile_one(rules: str | None = rules, name: str = name) -> dict[str, Any]:
-                torch.compiler.reset()  # one of them at a time, each under its own patch
-                context = patched(model, rules, "off") if rules else nullcontext
-                decoder = torch.compile(model.model, fullgraph=True, dynamic=False, backend=backend)
-                method = Method(name, partial(step, model, decoder), context, rules)
-                measure(rows, shape, model, embeds, [*found, method], 7)
-                return {"status": "compiled"}
+            def compile_one(rules: str | None = rules) -> dict[str, Any]:
+                own = shared_copy(model)  # stays patched, as a compiled model's patch should
+                handle = kept.enter_context(lxt.monkey_patch(own.model, rules)) if rules else None
+                decoder = torch.compile(own.model, fullgraph=True, dynamic=False, backend=backend)
+                run = partial(step, own, decoder)
+                start = time.perf_counter()
+                try:
+                    run(embeds)
+                except Exception:
+                    if handle is not None:
+                        handle.remove()
+                    raise
+                found.append(Method(f"{rules or 'plain'}, compiled", run, rules=rules))
+                return {"seconds to compile": time.perf_counter() - start}
 
             rows.attempt(f"compiling {rules or 'plain'}", compile_one, needs=15)
-        kept.callback(torch.compiler.reset)
+        measure(rows, shape, model, embeds, found, 9)
 
 
 def long_contexts(rows: Rows, device: torch.device, shape: Shape, lengths: tuple[int, ...]) -> None:
@@ -374,21 +391,24 @@ def long_contexts(rows: Rows, device: torch.device, shape: Shape, lengths: tuple
     every = sorted((m for m in every if m.name in order), key=lambda m: order.index(m.name))
     short = prompt(model, 512)
     for method in every:
-        rows.attempt(f"warm-up of {method.name}", lambda method=method: {"ms": _once(method, short)["seconds"] * 1000})
-    took = 0.0
-    for place, tokens in enumerate(lengths):
-        embeds = prompt(model, tokens)
-        grows = 0.0 if not place else took * (tokens / lengths[place - 1]) ** 1.8  # between linear and quadratic
-        for method in every:
-            known = {"tokens": tokens, "method": method.name}
+        rows.attempt(f"warm-up of {method.name}", lambda method=method: _warmed_up(method, short))
+    for method in every:
+        took = 0.0
+        for tokens, before in zip(lengths, (lengths[0], *lengths), strict=False):
 
-            def run(method: Method = method, embeds: Tensor = embeds) -> dict[str, Any]:
+            def run(method: Method = method, tokens: int = tokens) -> dict[str, Any]:
                 nonlocal took
-                found = _once(method, embeds)
-                took = max(took, found["seconds"])
+                found = _once(method, prompt(model, tokens))
+                took = found["seconds"]
                 return found
 
-            rows.attempt(f"T = {tokens}, {method.name}", run, needs=grows, **known)
+            needs = took * (tokens / before) ** 1.7  # between linear and quadratic
+            rows.attempt(f"T = {tokens}, {method.name}", run, needs, tokens=tokens, method=method.name)
+
+
+def _warmed_up(method: Method, embeds: Tensor) -> dict[str, Any]:
+    _once(method, embeds)
+    return {"status": READY}
 
 
 def _once(method: Method, embeds: Tensor) -> dict[str, Any]:
@@ -398,71 +418,3 @@ def _once(method: Method, embeds: Tensor) -> dict[str, Any]:
         milliseconds = Clock(device).once(lambda: method.run(embeds))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {"seconds": milliseconds / 1000, "peak GiB": peak / 2**30}
-
-
-class _Table(dict):
-    """A plain dict as attention table, which is what upstream 2.1 makes of it, with the method that transformers 5 calls."""
-
-    def get_interface(self, name: str, default: Callable) -> Callable:
-        return self.get(name, default)
-
-
-def upstream_model(model: Any, rules: str, path: str) -> Any:
-    """The same weights in a model whose classes are copies, which upstream has patched.
-
-    Upstream patches classes for good, so it gets a second copy of transformers' module.
-    """
-    patches = _upstream_patches(path)
-    module = _copied_module(rules)
-    module.ALL_ATTENTION_FUNCTIONS = _Table(module.ALL_ATTENTION_FUNCTIONS.items())
-    gated, attend = (
-        (patches.gated_mlp_forward, patches.patch_attention)
-        if rules == "attnlrp"
-        else (patches.cp_gated_mlp_forward, patches.patch_cp_attention)
-    )
-    done = (
-        patches.patch_method(gated, module.LlamaMLP),
-        patches.patch_method(patches.rms_norm_forward, module.LlamaRMSNorm),
-        attend(module),
-    )
-    if not all(done):
-        raise RuntimeError(f"upstream patched {done} of Llama's MLP, norm and attention")
-    module.ALL_ATTENTION_FUNCTIONS = _Table(module.ALL_ATTENTION_FUNCTIONS)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    for part in twin.modules():
-        if type(part).__module__ == "transformers.models.llama.modeling_llama":
-            part.__class__ = getattr(module, type(part).__name__)
-    return twin
-
-
-def _copied_module(rules: str) -> ModuleType:
-    from transformers.models.llama import modeling_llama
-
-    name = f"transformers.models.llama.modeling_llama_{rules}"
-    spec = importlib.util.spec_from_file_location(name, modeling_llama.__file__)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _upstream_patches(path: str) -> ModuleType:
-    """Upstream's lxt.efficient.patches; it is called lxt as we are, so it is imported while we are out of the way."""
-    if not (Path(path) / "lxt" / "efficient" / "patches.py").exists():
-        raise ImportError(f"$UPSTREAM_LXT is {path}, where no lxt/efficient/patches.py lies")
-
-    def ours() -> list[str]:
-        return [name for name in sys.modules if name == "lxt" or name.startswith("lxt.")]
-
-    kept = {name: sys.modules.pop(name) for name in ours()}
-    sys.path.insert(0, path)
-    try:
-        from lxt.efficient import patches  # type: ignore[attr-defined]
-    finally:
-        sys.path.remove(path)
-        for name in ours():
-            del sys.modules[name]
-        sys.modules.update(kept)
-    return patches
