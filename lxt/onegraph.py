@@ -202,6 +202,8 @@ def _tensors(output: Any) -> list[Tensor]:
     elif type(output) in (tuple, list):
         for item in output:
             found += _tensors(item)
+    elif type(output).__name__ == "EncoderDecoderCache":
+        found += _tensors(output.self_attention_cache) + _tensors(output.cross_attention_cache)
     elif type(output).__name__ == "DynamicCache":
         for layer in output.layers:
             if type(layer).__name__ not in _GROWING:
@@ -221,6 +223,9 @@ def _with(output: Any, tensors: list[Tensor]) -> Any:
             output[key] = _with(output[key], tensors)
     elif isinstance(output, (tuple, list)):
         return type(output)([_with(item, tensors) for item in output])
+    elif hasattr(output, "self_attention_cache"):
+        _with(output.self_attention_cache, tensors)
+        _with(output.cross_attention_cache, tensors)
     elif hasattr(output, "layers"):
         for layer in output.layers:
             layer.keys, layer.values = tensors.pop(0), tensors.pop(0)

@@ -42,7 +42,8 @@ class Scratch:
         if free < needed:
             raise OSError(
                 f"{format_bytes(needed)} of weights have to be written to {parent}, whose disk has "
-                f"{format_bytes(free)} left: {format_bytes(needed - free)} too little; give an offload_folder on a larger disk"
+                f"{format_bytes(free)} left, {format_bytes(needed - free)} too little; give an offload_folder on a "
+                "larger disk"
             )
         self.path, lock = _locked_folder(parent)
         self._remove = weakref.finalize(self, _remove, self.path, lock, os.getpid())

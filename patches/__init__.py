@@ -8,6 +8,7 @@ if __name__ != "lxt.patches":
 
 from torch import nn
 
+from lxt.patches._experts import gated_experts, has_gated_experts
 from lxt.patches._forwards import activation_fence
 from lxt.patches.bert import BERT, ROBERTA
 from lxt.patches.gemma import GEMMA2, GEMMA3
@@ -45,5 +46,10 @@ def patch_map_for(model: nn.Module) -> PatchMap:
 
 
 def fence_for(module: nn.Module) -> ForwardFactory | None:
-    """The identity rule for transformers' own activation modules, which are often written as several operations."""
-    return activation_fence if type(module).__module__.startswith("transformers.") else None
+    """What transformers' own modules get in every architecture.
+
+    Activations are often written as several operations, and get the identity rule as one; experts get a fused gate.
+    """
+    if not type(module).__module__.startswith("transformers."):
+        return None
+    return gated_experts if has_gated_experts(module) else activation_fence

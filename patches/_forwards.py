@@ -16,16 +16,18 @@ from lxt.coefficients import COEFFICIENTS, Coefficient, clipped_gelu
 from lxt.composites import Composite
 from lxt.declarations import Declaration
 from lxt.marks import mark
-from lxt.mode import current_mode, plain_gradient
+from lxt.mode import current_mode, plain_gradient, unwatched
 from lxt.patchmap import ForwardFactory
 from lxt.rules import NormStyle, gated_product, identity, rms_norm
 
 __all__ = [
     "activation_fence",
+    "bare",
     "coefficient_of",
     "fused_gate_up_mlp",
     "gated_mlp",
     "hooked",
+    "is_fusable",
     "rebound",
     "rms_norm_forward",
     "with_names",
@@ -40,7 +42,7 @@ def rms_norm_forward(style: NormStyle, eps: str = "variance_epsilon") -> Forward
             return plain(module, composite)
 
         def forward(self: Any, hidden_states: Tensor) -> Tensor:
-            return rms_norm(hidden_states, self.weight, getattr(self, eps), style)
+            return unwatched(rms_norm, hidden_states, self.weight, getattr(self, eps), style)
 
         return forward
 
@@ -64,16 +66,16 @@ def gated_mlp(
 
     def factory(module: nn.Module, composite: Composite) -> Callable | None:
         coefficient = coefficient_of(getattr(module, act))
-        if coefficient is None or not _is_fusable(composite):
+        if coefficient is None or not is_fusable(composite):
             return None
 
         def forward(self: Any, x: Tensor) -> Tensor:
             if hooked(getattr(self, act)):
                 return type(self).forward(self, x)
-            activation = _bare(getattr(self, act))
+            activation = bare(getattr(self, act))
             stop_gate = composite.product == "stop_gate"
-            hidden = gated_product(getattr(self, gate)(x), getattr(self, up)(x), activation, coefficient, stop_gate)
-            return getattr(self, down)(hidden)
+            operands = getattr(self, gate)(x), getattr(self, up)(x), activation, coefficient, stop_gate
+            return getattr(self, down)(unwatched(gated_product, *operands))
 
         return forward
 
@@ -83,7 +85,7 @@ def gated_mlp(
 def fused_gate_up_mlp(module: Any, composite: Composite) -> Callable | None:
     """down_proj(up * activation_fn(gate)) with gate and up the two halves of gate_up_proj (Phi-3)."""
     coefficient = coefficient_of(module.activation_fn)
-    if coefficient is None or not _is_fusable(composite):
+    if coefficient is None or not is_fusable(composite):
         return None
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def fused_gate_up_mlp(module: Any, composite: Composite) -> Callable | None:
             return type(self).forward(self, hidden_states)
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         stop_gate = composite.product == "stop_gate"
-        return self.down_proj(gated_product(gate, up, _bare(self.activation_fn), coefficient, stop_gate))
+        return self.down_proj(unwatched(gated_product, gate, up, bare(self.activation_fn), coefficient, stop_gate))
 
     return forward
 
@@ -131,11 +133,11 @@ def activation_fence(module: nn.Module, composite: Composite) -> Callable | None
             return type(self).forward(self, input)
         mode = current_mode()
         if composite.activation != "gradient":
-            y = identity(input, _bare(self), coefficient)
+            y = unwatched(identity, input, bare(self), coefficient)
         elif mode is None or mode.suspended:
             y = type(self).forward(self, input)
         else:  # whatever it is written with, an autograd function of its own included
-            y = mode.declared(Declaration("linear", type(self).__name__), _bare(self), (input,), {})
+            y = mode.declared(Declaration("linear", type(self).__name__), bare(self), (input,), {})
         return mark(y, "gate")
 
     return forward
@@ -146,11 +148,11 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _is_fusable(composite: Composite) -> bool:
+def is_fusable(composite: Composite) -> bool:
     return composite.activation == "identity" and composite.product in ("uniform", "stop_gate")
 
 
-def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The activation without hooks; rules call it with gradients off, where the mode stays out of it."""
     return MethodType(type(module).forward, module)
 

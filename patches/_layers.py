@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lxt.composites import Composite
+from lxt.mode import unwatched
 from lxt.norm_rules import NormStyle, add_layer_norm, add_rms_norm
 from lxt.patches._forwards import hooked
 from lxt.patchmap import ForwardFactory
@@ -34,7 +35,8 @@ def pre_norm_layer(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFa
             if args or _is_watched(norm) or (self.training and getattr(self, "gradient_checkpointing", False)):
                 return type(self).forward(self, hidden_states, *args, **kwargs)
             attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            normed, residual = add_rms_norm(attended, hidden_states, norm.weight, getattr(norm, eps), style)
+            norm_of = norm.weight, getattr(norm, eps), style
+            normed, residual = unwatched(add_rms_norm, attended, hidden_states, *norm_of)
             return residual + self.mlp(normed)
 
         return forward
@@ -52,7 +54,8 @@ def post_norm_output(module: nn.Module, composite: Composite) -> Callable | None
         if _is_watched(norm) or hooked(self.dropout) or hidden_states.shape[:-1] != input_tensor.shape[:-1]:
             return type(self).forward(self, hidden_states, input_tensor)
         x = self.dense(hidden_states)
-        return add_layer_norm(x, input_tensor, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
+        norm_of = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        return unwatched(add_layer_norm, x, input_tensor, *norm_of)[0]
 
     return forward
 

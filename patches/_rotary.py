@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lxt.attention import SEEN_BY_THE_MODE
 from lxt.composites import Composite
+from lxt.mode import unwatched
 from lxt.patches._forwards import rebound
 from lxt.rules import rotary
 
@@ -35,8 +36,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """All of each head, or as much of its beginning as there are angles for."""
     size = cos.shape[-1]
     if size == x.shape[-1]:
-        return rotary(x, cos, sin)
-    return torch.cat((rotary(x[..., :size], cos, sin), x[..., size:]), -1)
+        return unwatched(rotary, x, cos, sin)
+    return torch.cat((unwatched(rotary, x[..., :size], cos, sin), x[..., size:]), -1)
 
 
 @functools.cache

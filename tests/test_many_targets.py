@@ -73,19 +73,20 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list]] = {
         lambda: bert(tf.BertForQuestionAnswering),
         [None, "start", lxt.Target([4, 5]), "end", lxt.Target(kind="logprob")],
     ),
-    "t5": (t5, [*WORDS, spread]),
+    "t5": (t5, [*WORDS, spread, lxt.Target([50, 51]), lxt.Target([50, 52, 53]), lxt.Target([50, 54, 53])]),
     "bart classifier": (bart, [0, 1, lxt.Target(rank=1)]),
 }
 
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Forwards of the model, and calls of autograd."""
-    calls = {"forwards": 0, "backwards": 0}
+    """Forwards of the model, calls of autograd, and those that kept the graph."""
+    calls = {"forwards": 0, "backwards": 0, "kept": 0}
     real = torch.autograd.grad
 
     def grad(*args, **options):
         calls["backwards"] += 1
+        calls["kept"] += options["retain_graph"]
         return real(*args, **options)
 
     def forward(*args):
@@ -141,13 +142,13 @@ def test_one_forward_and_a_backward_for_each_target():
     explainer = Attributor(model)
     with counted(model) as calls:
         explainer.attribute_targets(PROMPT, MANY, latents="head")
-    assert calls == {"forwards": 1, "backwards": len(MANY)}
+    assert calls == {"forwards": 1, "backwards": len(MANY), "kept": len(MANY) - 1}
     with counted(model) as calls:
         explainer.attribute_targets(PROMPTS, [[1, 2, 3], [4], [5, 6]])
-    assert calls == {"forwards": 1, "backwards": 3}
+    assert calls == {"forwards": 1, "backwards": 3, "kept": 2}
     with counted(model) as calls:
         explainer.attribute_targets(PROMPT, top=5)
-    assert calls == {"forwards": 1, "backwards": 5}
+    assert calls == {"forwards": 1, "backwards": 5, "kept": 4}
 
 
 def test_the_head_and_the_last_layer_run_at_the_union_of_the_positions():
@@ -205,6 +206,24 @@ def test_only_a_target_of_several_tokens_takes_a_row_of_its_own():
     model.model.layers[0].register_forward_hook(lambda module, args, output: shapes.append(args[0].shape[:2]))
     Attributor(model).attribute_targets(PROMPT, [4, lxt.Target([7, 8]), 5, lxt.Target([7, 9]), lxt.Target([6, 9, 9])])
     assert shapes == [(3, len(PROMPT) + 2)]  # the prompt; with 7; with 6 and 9
+
+
+def test_the_decoders_share_goes_to_its_own_target():
+    explainer = Attributor(t5().double())
+    prompts, lists = [PROMPT, PROMPT[::-1]], [[50, 51], [lxt.Target([52, 53])]]
+    with Float64():
+        out = explainer.attribute_targets(prompts, lists)
+        for row, prompt, target in zip(out, (0, 0, 1), (50, 51, lxt.Target([52, 53])), strict=True):
+            (expected,) = explainer.attribute(prompts[prompt], target).explained
+            assert row.explained[0].prefix == pytest.approx(expected.prefix, rel=1e-9)
+
+
+def test_prompts_of_embeddings():
+    model = llama()
+    embeds = model.get_input_embeddings()(torch.tensor([PROMPT, PROMPT[::-1]])).detach()
+    out = Attributor(model).attribute_targets(embeds, [4, lxt.Target([5, 6])])
+    by_ids = Attributor(model).attribute_targets([PROMPT, PROMPT[::-1]], [4, lxt.Target([5, 6])])
+    assert_close(out.relevance, by_ids.relevance)
 
 
 def test_strings_are_named_and_one_contrast_is_for_all():
@@ -418,3 +437,17 @@ def test_a_function_beside_a_sequence_gets_its_own_position_alone():
     out = Attributor(llama()).attribute([PROMPT, PROMPT], [score, lxt.Target([7, 8, 9])])
     assert shapes == [(1, 1, 300)]
     assert_close(out[0].relevance, Attributor(llama()).attribute(PROMPT, 7).relevance)
+
+
+def test_a_function_gets_the_masks_of_each_prompt():
+    shapes = []
+
+    def score(logits):
+        shapes.append(tuple(logits.shape))
+        return logits[:, :, 7].sum(-1)
+
+    prompts = [[1, 2, 40, 41], [1, 2, 40, 2]]
+    explainer = Attributor(bert(tf.BertForMaskedLM), a_tokenizer())
+    out = explainer.attribute(prompts, score)
+    assert shapes == [(1, 1, 300), (1, 2, 300)]
+    assert_close(out[0].relevance, explainer.attribute(prompts[0], score).relevance)

@@ -140,8 +140,8 @@ def _compared(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str,
     step = torch.finfo(dtype).eps
     if not all(error <= 2 * least + 4 * step for error, least in zip(errors, twins, strict=True)):
         raise AssertionError(f"errors {errors} where the twin has {twins}")
-    same = all(torch.equal(a, b) for a, b in zip(found[0], outputs, strict=True))
-    if leaves and case.same_output and not same:
+    exactly = case.same_output and (device.type == "cuda" or dtype == torch.float32)  # interpreted, 16 bits are cut off
+    if leaves and exactly and any(not torch.equal(a, b) for a, b in zip(found[0], outputs, strict=True)):
         raise AssertionError("the forward differs from the twin's in its last bits")
     return {"error": max(errors), "twin's error": max(twins), "step of the dtype": step}
 

@@ -10,7 +10,7 @@ __all__ = ["failures", "markdown", "wrong"]
 Row = dict[str, Any]
 HIDDEN = ("ms", "lowest", "highest", "status", "name", "kernel", "tokens", "method", "part", "configuration")
 KINDS = ("device", "ms", "kernels' ms", "seconds", "seconds to compile")  # which of them a row has
-SILENT = ("captured", "timed", "warmed up")
+SILENT = ("timed", "warmed up")
 LISTS = ("largest of them", "products")
 
 

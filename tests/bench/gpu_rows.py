@@ -45,7 +45,7 @@ class Rows:
 
     def __init__(self, path: Path, seconds: float) -> None:
         self._path, self._end = path, time.monotonic() + seconds
-        self._known = {name for name, row in read(path).items() if row["status"] != READY}
+        self._before = {name: row["status"] for name, row in read(path).items() if row["status"] != READY}
 
     def left(self) -> float:
         return self._end - time.monotonic()
@@ -54,20 +54,28 @@ class Rows:
         with self._path.open("a") as file:
             file.write(json.dumps({"name": name, "status": status, **fields}) + "\n")
 
-    def attempt(self, name: str, function: Callable[[], dict[str, Any]], needs: float = 0.0, **known: Any) -> bool:
-        """Write what `function` returns, or why it returned nothing; says whether it returned.
+    def attempt(
+        self,
+        name: str,
+        function: Callable[[], dict[str, Any]],
+        needs: float = 0.0,
+        again: bool = False,
+        **known: Any,
+    ) -> None:
+        """Write what `function` returns, or why it returned nothing.
 
         Args:
             name: of the row.
             function: gives the fields; may set "status".
             needs: seconds that it will take, about.
+            again: measure it although it was, before a restart: others need it beside them.
             known: fields that the row has in any case.
         """
-        if name in self._known:
-            return False
+        if self._before.get(name, "ok" if again else None) != ("ok" if again else None):
+            return
         if self.left() < needs:
             self.write(name, "no time left", **known)
-            return False
+            return
         self.write(name, UNFINISHED, **known)
         try:
             fields = function()
@@ -75,9 +83,8 @@ class Rows:
             self.write(name, _reason(error), **known)
             error.__traceback__ = None  # its frames hold tensors
             _recover()
-            return False
+            return
         self.write(name, **{**known, **fields})
-        return True
 
 
 def _reason(error: Exception) -> str:
