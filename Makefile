@@ -6,7 +6,7 @@ WORKERS ?= 2
 # One thread for each worker: two pytest workers on two cores would otherwise start a pool of threads each.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help demo test lint docs coverage nightly clean
+.PHONY: help demo test lint docs coverage bench nightly clean
 .DELETE_ON_ERROR:
 export PYTHON
 
@@ -16,6 +16,7 @@ help:
 	@echo "make lint   ruff, ruff format, import-linter, pyright"
 	@echo "make docs   build the documentation into site/"
 	@echo "make coverage  prove every architecture of transformers again, into docs/architectures.md and .json"
+	@echo "make bench  time and memory on the CPU against the plain model and other packages, into docs/benchmarks.md and .json"
 	@echo "make nightly  what the newest torch and transformers break (PRE=1: pre-releases), in .venv-nightly"
 	@echo "make clean  remove .venv and everything built"
 
@@ -44,6 +45,10 @@ docs: $(VENV)/.has-docs
 # Goes on where it was cut off; FRESH=--fresh starts over, as after a change of the rules.
 coverage: $(VENV)/.has-coverage
 	@$(TEST_ENV) $(RUN) -m lxt coverage --workers $(WORKERS) --report docs/architectures.md $(FRESH)
+
+# Under 10 minutes on two cores, of which it uses one; other work on the machine moves the figures. ARGS="--sections saved"
+bench: $(VENV)/.has-bench
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) tests/bench/cpu.py --report docs/benchmarks.md $(ARGS)
 
 # Needs a Python and nothing of .venv, which is only read: .ci/nightly says how it works and what it can be told.
 nightly:

@@ -118,7 +118,8 @@ class Attributor:
                 models that read and see also what their processor makes, a mapping of tensors.
             target: what is explained: a token as string or id (a string of several tokens: their summed
                 log-probability), a class index or label, a Target, a function of the logits [batch, 1, vocabulary],
-                or a list with one per prompt. None is what the model predicts.
+                or a list with one per prompt (several of one prompt: `attribute_targets`). None is what the model
+                predicts.
             contrast: token or tokens to subtract (several: their mean).
             latents: which relevances inside the model to keep: "residual", "head", "neuron".
             batch_size: how many prompts run at once; None is all that can. Texts with images run one by one.

@@ -26,16 +26,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def ratio(y: Tensor, x: Tensor, limit: float = 1.0) -> Tensor:
     """The quotient y / x, and `limit` where x is 0; right for functions that torch computes with relative accuracy."""
-    return torch.where(x == 0, limit, y / torch.where(x == 0, 1.0, x))
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e^-x) down to the smallest subnormal: torch's own is 0 as soon as e^-x overflows."""
-    return torch.where(x > -80, torch.sigmoid(x), torch.exp(x))
+    zero = x == 0
+    return torch.where(zero, limit, y / x.masked_fill(zero, 1.0))
 
 
 def silu(x: Tensor) -> Tensor:
-    return sigmoid(x)
+    return torch.sigmoid(x)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -45,11 +41,11 @@ def gelu(x: Tensor) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     # 0.5 (1 + tanh(u)) is sigmoid(2u), which keeps the negative tail.
-    return sigmoid(math.sqrt(8.0 / math.pi) * (x + 0.044715 * x * x * x))
+    return torch.sigmoid(math.sqrt(8.0 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    return sigmoid(1.702 * x)
+    return torch.sigmoid(1.702 * x)
 
 
 def relu(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "call_eagerly",
     "compiled_inside",
     "eager_caller",
+    "hooks_of",
     "is_compiled",
     "make_uncompiled",
     "uncompiled",
@@ -60,6 +61,14 @@ def make_uncompiled(module: nn.Module) -> Callable[[], None] | None:
         return None
     module.__dict__["_compiled_call_impl"] = None
     return partial(module.__dict__.__setitem__, "_compiled_call_impl", compiled)
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> list[Mapping[int, Any]]:
+    """The dicts in which torch keeps the hooks of the modules, and those of all modules."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [getattr(module, name) for module in modules for name in names] + [
+        getattr(torch.nn.modules.module, f"_global{name}") for name in names
+    ]
 
 
 def is_compiled(module: nn.Module) -> bool:

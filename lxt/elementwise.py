@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +60,16 @@ def _near_zero(func: Callable, rest: tuple[Any, ...], options: dict[str, Any], x
     """Whether f(0) is something else than 0, and f(x) / x as x rises to 0."""
     if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
         return bool((func(torch.zeros_like(x), *rest, **options) != 0).any()), 1.0
+    try:
+        return _probed(func, rest, tuple(options.items()))
+    except TypeError:  # an option that can't be hashed, such as a list
+        return _probed.__wrapped__(func, rest, tuple(options.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _probed(func: Callable, rest: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> tuple[bool, float]:
     points = torch.tensor([0.0, -1e-20], dtype=torch.float64)
-    at_zero, below = func(points, *rest, **options).tolist()
+    at_zero, below = func(points, *rest, **dict(options)).tolist()
     return at_zero != 0, below / -1e-20
 
 

@@ -4,7 +4,9 @@ accelerate's hooks do that for each module. What is added to them here:
  1. Of an embedding table only the rows of the tokens are read.
  2. While a layer computes, the kernel is asked for the next one's part of the file. In the backward, which recomputes
     the layers from the last to the first, that is the one before.
- 3. A recomputation may stop inside a module, once it has all that the backward needs, and the hook that gives the
+ 3. Where the page cache can't hold the model, what was read is dropped from it when the next layer begins: otherwise
+    the kernel drops what was just read ahead, and reads it again.
+ 4. A recomputation may stop inside a module, once it has all that the backward needs, and the hook that gives the
     module's weights back never runs. They are given back when another layer begins.
 """
 
@@ -17,8 +19,10 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lxt.memory import available
 from lxt.stored import Header, read_header
 
 __all__ = ["WeightReader", "byte_ranges", "give_back", "install"]
@@ -28,12 +32,12 @@ Range = tuple[str, int, int]
 """A file, and where in it the bytes begin and how many they are."""
 
 
-def install(model: nn.Module, blocks: Sequence[str], keep: object = None) -> WeightReader | None:
+def install(model: nn.Module, parts: Sequence[str], keep: object = None) -> WeightReader | None:
     """Have accelerate's hooks read the offloaded weights through a WeightReader.
 
     Args:
         model: dispatched by accelerate.
-        blocks: the layers' names, in the order in which they run.
+        parts: the layers and what else is read as a whole, in the order in which they run.
         keep: kept alive as long as the weights are needed: the folder in which they lie.
 
     Returns:
@@ -42,7 +46,7 @@ def install(model: nn.Module, blocks: Sequence[str], keep: object = None) -> Wei
     hooks = [(name, module, hook) for name, module in model.named_modules() for hook in _offloading_hooks(module)]
     if not hooks:
         return None
-    reader = WeightReader(hooks[0][2].weights_map.dataset, blocks, keep)
+    reader = WeightReader(hooks[0][2].weights_map.dataset, parts, keep)
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for name, module, hook in hooks:
         hook.weights_map.dataset = reader
@@ -55,38 +59,46 @@ def install(model: nn.Module, blocks: Sequence[str], keep: object = None) -> Wei
 class WeightReader(Mapping[str, Tensor]):
     """accelerate's map of offloaded weights, that looks ahead."""
 
-    def __init__(self, weights: Any, blocks: Sequence[str], keep: object = None) -> None:
+    def __init__(self, weights: Any, parts: Sequence[str], keep: object = None) -> None:
         self.keep = keep
-        self._weights, self._blocks = weights, list(blocks)
+        self._weights, self._parts = weights, list(parts)
         self._modules: dict[int, list[weakref.ref[nn.Module]]] = {}
         self._current: int | None = None
-        self._ahead = _ReadAhead()
+        self._page_cache = _PageCache()
         ranges = byte_ranges(weights.index)
-        self._block_of = {name: self._number(name) for name in weights}
+        self._part_of = {name: self._number(name) for name in weights}
         # An expert that the router doesn't choose is never read: what is stacked is left to what is asked for.
         self._ranges: dict[int, list[Range]] = {}
         for name, (place, shape) in ranges.items():
-            if self._block_of.get(name) is not None and len(shape) < 3:
-                self._ranges.setdefault(self._block_of[name], []).append(place)
+            number = self._part_of.get(name)
+            if number is not None and len(shape) < 3:
+                self._ranges.setdefault(number, []).append(place)
+        read = sum(count for found in self._ranges.values() for _, _, count in found)
+        self._drops = read > available(torch.device("cpu"))
 
     def _number(self, name: str) -> int | None:
-        return next((i for i, block in enumerate(self._blocks) if name.startswith(f"{block}.")), None)
+        return next((i for i, part in enumerate(self._parts) if name == part or name.startswith(f"{part}.")), None)
 
     def serves(self, name: str, module: nn.Module) -> None:
         """Tell it of a module whose weights it hands out."""
-        number = self._number(f"{name}.")
+        number = self._number(name)
         if number is not None:
             self._modules.setdefault(number, []).append(weakref.ref(module))
 
     def __getitem__(self, name: str) -> Tensor:
-        number = self._block_of[name]
+        number = self._part_of[name]
         if number is not None and number != self._current:
-            before, self._current = self._current, number
-            if before is not None:
-                give_back(module for reference in self._modules.get(before, ()) if (module := reference()) is not None)
-            following = number + (1 if before is None or number > before else -1)
-            self._ahead.ask(self._ranges.get(following, ()))
+            self._moves(self._current, number)
+            self._current = number
         return self._weights[name]
+
+    def _moves(self, before: int | None, now: int) -> None:
+        if before is not None:
+            give_back(module for reference in self._modules.get(before, ()) if (module := reference()) is not None)
+            if self._drops:
+                self._page_cache.drop(self._ranges.get(before, ()))
+        following = now + (1 if before is None or now > before else -1)
+        self._page_cache.read(self._ranges.get(following, ()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -120,25 +132,32 @@ def byte_ranges(index: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Range
     return found
 
 
-class _ReadAhead:
-    """Asks the kernel for parts of files, in a thread of its own: asking waits while the disk is busy."""
+class _PageCache:
+    """Asks the kernel to read parts of files, or to drop them, in a thread: asking waits while the disk is busy."""
 
     def __init__(self) -> None:
-        self._asked: queue.SimpleQueue[Sequence[Range] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[str, Sequence[Range]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def ask(self, ranges: Sequence[Range]) -> None:
+    def read(self, ranges: Sequence[Range]) -> None:
+        self._ask("POSIX_FADV_WILLNEED", ranges)
+
+    def drop(self, ranges: Sequence[Range]) -> None:
+        self._ask("POSIX_FADV_DONTNEED", ranges)
+
+    def _ask(self, advice: str, ranges: Sequence[Range]) -> None:
         if not ranges or not hasattr(os, "posix_fadvise"):
             return
         if self._thread is None or not self._thread.is_alive():  # a fork has no threads
-            self._thread = threading.Thread(target=_read_ahead, args=(self._asked,), daemon=True)
+            self._thread = threading.Thread(target=_advise, args=(self._asked,), daemon=True)
             self._thread.start()
             weakref.finalize(self, self._asked.put, None)
-        self._asked.put(ranges)
+        self._asked.put((advice, ranges))
 
 
-def _read_ahead(asked: queue.SimpleQueue[Sequence[Range] | None]) -> None:
-    while (ranges := asked.get()) is not None:
+def _advise(asked: queue.SimpleQueue[tuple[str, Sequence[Range]] | None]) -> None:
+    while (one := asked.get()) is not None:
+        advice, ranges = getattr(os, one[0]), one[1]
         for file, start, count in ranges:
             try:
                 descriptor = os.open(file, os.O_RDONLY)
@@ -146,7 +165,7 @@ def _read_ahead(asked: queue.SimpleQueue[Sequence[Range] | None]) -> None:
                 continue  # whoever needs the weight says so better
             try:
                 for offset in range(start, start + count, PIECE):
-                    os.posix_fadvise(descriptor, offset, PIECE, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(descriptor, offset, min(PIECE, start + count - offset), advice)
             finally:
                 os.close(descriptor)
 

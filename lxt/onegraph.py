@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import CompileContext
-from torch.nn.modules import module as torch_module
 
-from lxt.compiling import PATCHES, call, call_eagerly
+from lxt.compiling import PATCHES, call, call_eagerly, hooks_of
 from lxt.declarations import declared_operations
 from lxt.mode import RuleMode
 
@@ -44,6 +43,7 @@ _EAGERLY = {
         "a part of the model is in training mode (model.eval())",
         "gradient checkpointing is on",
         "a module has hooks",
+        "modules were replaced since the model was patched",
         "operations are declared with lxt.declare",
         "an argument is neither a tensor nor a number, or a container of them",
         "the model's own forward doesn't go into one graph, or writes to its arguments",
@@ -70,7 +70,7 @@ def forward_in_graph(
         args: of the forward.
         kwargs: of the forward.
     """
-    why = patch.why_eager or _why(patch.name, number) or _why_arguments((args, kwargs)) or _why_state(module)
+    why = patch.why_eager or _why(patch.name, number) or _why_arguments((args, kwargs)) or _why_state(patch, module)
     if why is not None:
         return _EAGERLY[why](patch.run, module, own, args, kwargs)
     frame = _frame()
@@ -106,10 +106,11 @@ def _for_good(
     return patch.run(module, own, args, kwargs)
 
 
-def _why_state(module: nn.Module) -> str | None:
+def _why_state(patch: Any, module: nn.Module) -> str | None:
     """What guards must read anew in each call."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "a module has hooks"
+    for hooks in patch.hooks:  # not by way of the modules: dynamo leaves out guards on theirs
+        if len(hooks):
+            return "a module has hooks"
     if declared_operations():
         return "operations are declared with lxt.declare"
     for part in module.modules():
@@ -117,8 +118,6 @@ def _why_state(module: nn.Module) -> str | None:
             return "a part of the model is in training mode (model.eval())"
         if getattr(part, "gradient_checkpointing", False):
             return "gradient checkpointing is on"
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return "a module has hooks"
     return None
 
 
@@ -154,6 +153,8 @@ def _why(name: str, number: str) -> str | None:
         return "the attention implementation is no operation of torch"
     if any("_hf_hook" in part.__dict__ for part in parts):
         return "accelerate has its hooks on the model"
+    if {id(hooks) for hooks in hooks_of(parts)} - {id(hooks) for hooks in patch.hooks}:
+        return "modules were replaced since the model was patched"
     if any(type(tensor) not in _TENSORS for tensor in _state(module())):
         return "weights are quantised, or of another tensor class"
     return None

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from lxt.attention import SEEN_BY_THE_MODE
-from lxt.compiling import PATCHES, call_eagerly, eager_caller, is_compiled, make_uncompiled, uncompiled
+from lxt.compiling import PATCHES, call_eagerly, eager_caller, hooks_of, is_compiled, make_uncompiled, uncompiled
 from lxt.composites import Composite, resolve
 from lxt.declarations import Declaration, declaration_of
 from lxt.declaring import run_declared
@@ -213,6 +213,7 @@ class _ModelPatch(_Patch):
         self.entries: list[tuple[Callable[[], nn.Module | None], Callable]] = []
         self.why_eager: str | None = None
         self.traces_own = False
+        self.hooks = hooks_of(model.modules())
         PATCHES[self.name] = self
         try:
             for module in model.modules():

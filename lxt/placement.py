@@ -123,7 +123,7 @@ def load_placed(
         model = fetch(device_map=placement.device_map, offload_folder=folder)
         # Weights are constants while lxt explains; those that come and go would forget a flag that is set meanwhile.
         model.requires_grad_(False)
-        install(model, placement.blocks, keep=scratch)
+        install(model, [part for part in placement.device_map if part != _table(empty).rpartition(".")[0]], scratch)
     except BaseException:
         if scratch is not None:
             scratch.remove()
@@ -155,7 +155,8 @@ def plan(empty: nn.Module, stored: Stored, budget: Budget) -> Placement:
     if sum(sizes.values()) <= room[here]:
         return Placement(dict.fromkeys(parts, here), sizes, blocks)
 
-    largest = max(sizes, key=lambda part: sizes[part])
+    table = _part(_table(empty), parts) if _table(empty) else None
+    largest = max((part for part in parts if part != table), key=lambda part: sizes[part])
     if here != "cpu" and sizes[largest] > room[here]:
         raise ValueError(
             f"gpu_memory={format_bytes(budget.gpu_memory)} is too little: {largest} alone has "
@@ -201,7 +202,7 @@ def _map(
                 room[device_map[part]] -= sizes[part]
     for part, source in tied.items():
         device_map.setdefault(part, device_map[source])
-    return device_map
+    return {part: device_map[part] for part in parts}
 
 
 def _refuse_too_little(
@@ -209,14 +210,13 @@ def _refuse_too_little(
 ) -> None:
     """What is read as it lies is the kernel's to keep or drop; what changes its form on the way takes memory."""
     sizes, dtypes = _weights(empty), {name: parameter.dtype for name, parameter in empty.named_parameters()}
-    table = empty.get_input_embeddings() if hasattr(empty, "get_input_embeddings") else None
-    by_rows = {name for name, parameter in empty.named_parameters() if table is not None and parameter is table.weight}
-    cast = {name: sizes[name] for name in read - by_rows if stored.in_place[name] != dtypes[name]}
+    table = _table(empty)
+    cast = {name: sizes[name] for name in read - {table} if stored.in_place[name] != dtypes[name]}
     # The experts' own tensors lie in mapped files; the stack, and its halves before they are joined, do not.
     stacked = {name: 2 * sizes[name] for name in written}
     for found, why, instead in (
         (cast, "is stored in another precision, and read", "leave dtype out"),
-        (stacked, "is put together while loading", "a checkpoint that has it in one piece"),
+        (stacked, "is rewritten while loading", "a checkpoint that has it in one piece"),
     ):
         name = max(found, key=lambda name: found[name], default="")
         if name and taken + found[name] > memory:
@@ -271,6 +271,14 @@ def _weights(model: nn.Module) -> dict[str, int]:
 
 def _tied(model: nn.Module) -> Mapping[str, str]:
     return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _table(model: Any) -> str:
+    """The input embeddings, of which only rows are read; "" where the output projection is the same weight."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(table, "weight", None)
+    name = next((name for name, parameter in model.named_parameters() if parameter is weight), "")
+    return "" if name in _tied(model).values() else name
 
 
 def _inside(name: str, parts: Iterable[str]) -> bool:

@@ -145,6 +145,8 @@ def solve(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def power(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """x^p is a product of p factors where p >= 1, a constant otherwise."""
     base, exponent = positional(args, kwargs, "input self", "exponent")[0]
+    if type(exponent) in (int, float) and exponent == 2 and len(args) == 2 and is_activation(base):
+        return square(composite, func, args, kwargs)
     if isinstance(exponent, Tensor) and exponent.dim() == 0 and not exponent.requires_grad:
         exponent = exponent.item()
     if not is_activation(base) or not isinstance(exponent, (int, float)) or exponent < 1:
@@ -155,9 +157,13 @@ def power(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: d
 
 def square(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A product of two equal factors."""
-    args, kwargs = positional(args, kwargs, "input self")
-    share = 1.0 if _ends_activation(composite, args[0]) else 0.5
-    return copy_mark(args[0], rules.scale_gradient(func(*args, **kwargs), share))
+    base = args[0] if args else positional(args, kwargs, "input self")[0][0]
+    if _ends_activation(composite, base):
+        return copy_mark(base, func(*args, **kwargs))
+    # Torch squares by multiplying, and half the gradient is that of one factor; float_power and autocast widen.
+    if kwargs or opnames.operation_name(func) == "float_power" or torch.is_autocast_enabled(base.device.type):
+        return copy_mark(base, rules.scale_gradient(func(*args, **kwargs), 0.5))
+    return copy_mark(base, base * rules.stop(base))
 
 
 def _ends_activation(composite: Composite, base: Tensor) -> bool:

@@ -22,8 +22,9 @@ try:
     cases, kernels, model, report, rows = (
         importlib.import_module(f"gpu_{name}") for name in ("cases", "kernels", "model", "report", "rows")
     )
+    gpu = importlib.import_module("gpu")
 finally:
-    sys.path.remove(str(BENCH))
+    sys.path[:] = [place for place in sys.path if place != str(BENCH)]
 
 TINY = model.Shape(layers=2, hidden=32, mlp=48, heads=4, kv_heads=2, vocabulary=61)
 RULES = [None, "attnlrp", "cp"]
@@ -40,7 +41,7 @@ def test_dry_run(tmp_path):
     done = run(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
     text, state = (tmp_path / "gpu.md").read_text(), json.loads((tmp_path / "gpu.json").read_text())
-    assert done.stdout.endswith(text + "\n")
+    assert done.stdout.endswith(text.split("\n## ")[0] + "\n")
     sections = state["sections"]
     assert list(sections) == ["machine", "correctness", "kernels", "attribution", "graphs", "long", "compiled"]
     bad = [
@@ -206,6 +207,35 @@ def test_nothing_waits_for_the_gpu(rules):
     assert not {aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.item} & names
 
 
+STAND_IN = """
+import os, sys, time
+from pathlib import Path
+file = Path(sys.argv[sys.argv.index("--out") + 1]) / "machine.jsonl"
+left = {names!r}[len(file.read_text().splitlines()):]
+if left:
+    file.open("a").write('{{"name": "' + left[0] + '", "status": "ok"}}\\n')
+{end}
+"""
+ENDS = {
+    "loses its GPU": ("ab", f"sys.exit({rows.RESTART} if len(left) > 1 else 0)", "done"),
+    "dies of a signal once": ("ab", "os.kill(os.getpid(), 9) if len(left) > 1 else sys.exit(0)", "done"),
+    "dies before its first row": ("", "os.kill(os.getpid(), 9)", "failed with status -9: "),
+    "fails": ("a", "sys.exit('no such file')", "failed with status 1: no such file"),
+    "hangs": ("a", "time.sleep(60)", "out of time"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_section_that(how, tmp_path, monkeypatch):
+    """A stand-in for a section's process: at each start it writes the next row and ends."""
+    names, end, expected = ENDS[how]
+    (tmp_path / "gpu.py").write_text(STAND_IN.format(names=names, end=end))
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu, "GRACE", 0)
+    assert gpu.run("machine", tmp_path, 2.0)[0] == expected
+    assert "".join(rows.read(tmp_path / "machine.jsonl")) == names
+
+
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 def test_upstream_beside_ours(rules):
     path = os.environ.get("UPSTREAM_LXT")
@@ -265,11 +295,14 @@ def test_bars_take_the_best_row_of_their_kind():
 
 
 def test_wrong_kernels_come_first():
-    found = state(
-        correctness=[{"kernel": "a"}, {"kernel": "b", "status": "failed: x"}, {"kernel": "c", "status": "did not end"}]
-    )
-    titles = {"correctness": "Kernels"}
-    text = report.markdown(found, titles, LENGTHS, {"attnlrp": 1.0, "cp": 0.8})
-    assert text.startswith("# GPU measurements\n\n**Wrong kernels:**\n\n- 1: failed: x\n- 2: did not end\n")
+    rows_ = [
+        {"kernel": "a", "dtype": "bf16", "error": 0.25, "twin's error": 0.125},
+        {"kernel": "a", "dtype": "bf16", "error": 0.5, "twin's error": 0.0625},
+        {"kernel": "b", "dtype": "fp32", "status": "failed: x"},
+        {"kernel": "c", "dtype": "fp32", "status": "did not end"},
+    ]
+    text = report.markdown(state(correctness=rows_), {"correctness": "Kernels"}, LENGTHS, {"attnlrp": 1.0, "cp": 0.8})
+    assert text.startswith("# GPU measurements\n\n**Wrong kernels:**\n\n- 2: failed: x\n- 3: did not end\n")
+    assert "| a | 2 | 0.5 (0.12) |  |\n| b | 0 |  |  |\n" in text
     assert report.failures(state(correctness=[{"kernel": "a"}])) == []
     assert report.failures(state(correctness=[{"kernel": "a", "status": "no time left"}])) != []

@@ -1,4 +1,4 @@
-"""torch.compile: the rules run eagerly and right, whatever was compiled and whenever; what can't be is refused."""
+"""torch.compile: right whatever was compiled and whenever; in one graph is tests/test_onegraph.py."""
 
 import pytest
 import torch
@@ -21,6 +21,11 @@ def forget_what_was_compiled():
     torch.compiler.reset()
 
 
+def close(compiled, eager) -> bool:
+    """Equal but for the order of sums, and so in float32 to a few units of the largest."""
+    return bool((compiled - eager).abs().max() <= 1e-6 * eager.abs().max())
+
+
 def small(name="llama") -> nn.Module:
     return build(name, dtype=torch.float32)
 
@@ -38,8 +43,8 @@ def test_a_patched_model_may_be_compiled(name, backend, rules):
     with lxt.monkey_patch(model, rules):
         compiled = torch.compile(model, backend=backend)
         for _ in range(3):
-            assert torch.equal(relevance(compiled, name), expected)
-    assert not torch.equal(relevance(compiled, name), expected)
+            assert close(relevance(compiled, name), expected)
+    assert not close(relevance(compiled, name), expected)
 
 
 def by_wrapping(model, backend):
@@ -89,10 +94,10 @@ def test_a_compiled_model_may_be_patched(compile, backend):
     for target in {model, compiled}:
         before = state(target)
         with lxt.monkey_patch(target):
-            assert torch.equal(relevance(compiled), expected)
-            assert torch.equal(relevance(model), expected)
+            assert close(relevance(compiled), expected)
+            assert close(relevance(model), expected)
             with torch.no_grad():
-                assert torch.equal(compiled(**inputs_of("llama", torch.float32))[0], logits_of_a_small_one())
+                assert close(compiled(**inputs_of("llama", torch.float32))[0], logits_of_a_small_one())
         assert state(target) == before
         assert torch.allclose(relevance(compiled), unpatched, rtol=1e-4, atol=1e-5)
 
@@ -108,7 +113,7 @@ def test_more_models_than_the_compiler_takes_variants_of_one_function():
     for _ in range(torch._dynamo.config.recompile_limit + 3):
         model = small()
         with lxt.monkey_patch(model):
-            assert torch.equal(relevance(torch.compile(model, backend="aot_eager")), expected)
+            assert close(relevance(torch.compile(model, backend="aot_eager")), expected)
 
 
 def test_a_compiled_model_under_a_module_patch():
@@ -125,7 +130,7 @@ def test_a_compiled_function_around_the_model():
     inputs = inputs_of("llama", torch.float32)
     with lxt.monkey_patch(model):
         (gradient,) = torch.autograd.grad(function(inputs), inputs["inputs_embeds"])
-    assert torch.equal((inputs["inputs_embeds"] * gradient).detach().flatten(), expected)
+    assert close((inputs["inputs_embeds"] * gradient).detach().flatten(), expected)
 
 
 def test_checkpointed_compiled_layers():
@@ -141,15 +146,6 @@ def test_an_attributor_takes_a_compiled_model():
     out = lxt.load(torch.compile(small(), backend="aot_eager")).attribute(ids)
     assert torch.equal(out.relevance, expected.relevance)
     assert out.check().ok
-
-
-def test_one_graph_is_refused_and_says_why():
-    model = small()
-    with (
-        lxt.monkey_patch(model),
-        pytest.raises(torch._dynamo.exc.Unsupported, match="rules run eagerly: compile without fullgraph=True"),
-    ):
-        relevance(torch.compile(model, backend="aot_eager", fullgraph=True))
 
 
 def test_what_is_called_eagerly_is_not_traced():

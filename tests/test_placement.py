@@ -284,7 +284,7 @@ def test_what_cannot_fit_is_refused_with_what_would(a_large_model):
     in_float32 = Stored(dict.fromkeys(model.state_dict(), torch.float32))
     with pytest.raises(ValueError, match=r"lm_head.weight is stored in another precision, .* or leave dtype out"):
         plan(model, in_float32, Budget(120 * 2**20))
-    with pytest.raises(ValueError, match=r"lm_head.weight is put together while loading, which takes"):
+    with pytest.raises(ValueError, match=r"weight is rewritten while loading, which takes"):
         plan(model, Stored(), Budget(140 * 2**20))
 
 
@@ -413,14 +413,17 @@ def test_load_says_what_does_not_go_together(folder, monkeypatch):
 def test_the_next_layer_is_asked_for_in_both_directions(folder, monkeypatch):
     reader = reader_of(model_of(str(folder), None, starved()).eval())
     asked = []
-    monkeypatch.setattr(reader._ahead, "ask", asked.append)
-    weights = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1, 2, 1, 0)]
-    for name in weights:
-        reader[name]
-        reader[name]
-    ranges = {number: reader._ranges[number] for number in range(3)}
-    assert asked == [ranges[1], ranges[2], (), ranges[0], ()]
-    assert all(len(found) == 9 for found in ranges.values())
+    monkeypatch.setattr(reader._page_cache, "read", asked.append)
+    layers = [f"model.layers.{i}" for i in range(3)]
+    ranges = {part: reader._ranges.get(number, ()) for number, part in enumerate(reader._parts)}
+    assert [len(ranges[layer]) for layer in layers] == [9, 9, 9]
+    assert "model.embed_tokens" not in ranges
+    for layer in (*layers, *layers[-2::-1]):
+        reader[f"{layer}.mlp.up_proj.weight"]
+        reader[f"{layer}.mlp.down_proj.weight"]
+    assert asked == [ranges[part] for part in (layers[1], layers[2], "model.norm", layers[0])] + [()]
+    assert reader["lm_head.weight"].shape == (300, 32)
+    assert asked[-1] == ()
 
 
 def test_reading_ahead_fills_the_page_cache_and_ends_with_the_model(tmp_path):
@@ -429,8 +432,8 @@ def test_reading_ahead_fills_the_page_cache_and_ends_with_the_model(tmp_path):
     before = set(threading.enumerate())
     file = tmp_path / "weights"
     file.write_bytes(os.urandom(2**22))
-    ahead = offloading._ReadAhead()
-    ahead.ask([(str(file), 0, 2**22), (str(tmp_path / "gone"), 0, 8)])
+    ahead = offloading._PageCache()
+    ahead.read([(str(file), 0, 2**22), (str(tmp_path / "gone"), 0, 8)])
     (thread,) = set(threading.enumerate()) - before
     del ahead
     deadline = time.monotonic() + 30

@@ -24,11 +24,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DRY = "--dry-run" in sys.argv
-if DRY:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("LXT_KERNELS", None)  # sections set it
-
 START = time.monotonic()
 sys.path.insert(0, str(HERE.parents[1]))  # for lxt, installed or not
 
@@ -85,7 +80,7 @@ TINY = Sized(
     long=(16, 24),
 )
 SECONDS = {  # of each section, in the order in which they run; what one leaves over goes to those behind it
-    "machine": 25,
+    "machine": 35,
     "correctness": 75,
     "kernels": 45,
     "attribution": 90,
@@ -93,6 +88,7 @@ SECONDS = {  # of each section, in the order in which they run; what one leaves 
     "long": 140,
     "compiled": 55,
 }
+GRACE = 5  # seconds in which a section may end the row that it is at
 TITLES = {
     "machine": "Machine, and what it reaches",
     "correctness": "Kernels against their eager twins",
@@ -118,7 +114,7 @@ def section(name: str, out: Path, seconds: float, sized: Sized) -> None:
         ceiling = {unit: max((row.get(unit, 0.0) for row in measured), default=0.0) for unit in ("GB/s", "TFLOP/s")}
         ceiling = {unit: value for unit, value in ceiling.items() if value}
         failed = {row["kernel"] for row in gpu_report.wrong(list(read(out / "correctness.jsonl").values()))}
-        gpu_kernels.timing(rows, device, sized.sizes(sized.timed), ceiling, failed)
+        gpu_kernels.timing(rows, device, sized.sizes(sized.timed), ceiling, failed, repeats=1 if DRY else 8)
     elif name == "attribution":
         gpu_model.attribution(rows, device, sized.shape, sized.lengths, sized.profiled, upstream)
     elif name == "graphs":
@@ -135,8 +131,12 @@ def run(name: str, out: Path, seconds: float) -> tuple[str, float]:
     file, log = out / f"{name}.jsonl", out / f"{name}.log"
     file.write_text("")
     log.write_text("")
-    # Long contexts leave little memory beside them.
-    environment = os.environ | ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if name == "long" else {})
+    environment = {key: value for key, value in os.environ.items() if key not in ("LXT_KERNELS", "TRITON_INTERPRET")}
+    environment["HF_HUB_OFFLINE"] = "1"
+    if DRY:
+        environment["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    if name == "long":
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # little memory is left beside them
     start = time.monotonic()
     while (left := seconds - (time.monotonic() - start)) > 0:
         before = file.stat().st_size
@@ -144,7 +144,7 @@ def run(name: str, out: Path, seconds: float) -> tuple[str, float]:
         command += ["--dry-run"] * DRY
         with log.open("a") as to:
             try:
-                ended = subprocess.run(command, stdout=to, stderr=to, timeout=left + 5, env=environment).returncode
+                ended = subprocess.run(command, stdout=to, stderr=to, timeout=left + GRACE, env=environment).returncode
             except subprocess.TimeoutExpired:
                 break
         if ended == 0:
@@ -175,7 +175,7 @@ def main() -> None:
     titles = {name: title.format(**vars(sized)) for name, title in TITLES.items()}
     lengths = {"attribution": sized.lengths[0], "launches": sized.launches, "long": sized.long[-1]}
     plain, *ours = (gpu_model.operations(sized.shape, sized.lengths[0], rules) for rules in (None, "attnlrp", "cp"))
-    floors = dict(zip(("attnlrp", "cp"), (operations / plain for operations in ours), strict=True))
+    floors: dict[str, float] = dict(zip(("attnlrp", "cp"), (each / plain for each in ours), strict=True))
     for place, name in enumerate(options.sections):
         left = options.seconds - (time.monotonic() - start)
         later = sum(SECONDS[other] for other in options.sections[place + 1 :])
@@ -188,7 +188,7 @@ def main() -> None:
         text = gpu_report.markdown(state, titles, lengths, floors)
         (options.out / "gpu.md").write_text(text)
         (options.out / "gpu.json").write_text(json.dumps(state, indent=1) + "\n")
-    print(text)
+    print(text.split("\n## ")[0])
     if gpu_report.failures(state):
         sys.exit(1)
 

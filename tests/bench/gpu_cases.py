@@ -195,7 +195,7 @@ def attention(sizes: Sizes) -> Iterator[Case]:
     yield case("causal", partial(_attend, is_causal=True))
     if n % 16 == 0:
         return
-    few = {"dtypes": (BF16, FP32)}
+    few: dict[str, Any] = {"dtypes": (BF16, FP32)}
     yield case("no mask", _attend, keys=2 * n + 3, **few)
     yield case("mask", _attend, mask=allowed(n, n + 5), keys=n + 5, **few)
     yield case("added mask", _attend, mask=added(n, n + 5), keys=n + 5, **few)
@@ -216,7 +216,7 @@ def timed(sizes: Sizes) -> Iterator[tuple[Case, float]]:
     """What is timed, and its floating-point operations where these and not the bytes are the limit."""
     n, h, m, q, kv, w = sizes.tokens, sizes.hidden, sizes.mlp, sizes.heads, sizes.kv_heads, sizes.width
     fast = {"exact": False}
-    yield Case("rms_norm", "forward and backward", _norm, (dense(n, h),), (dense(h),), options=fast), 0
+    yield Case("rms_norm", "", _norm, (dense(n, h),), (dense(h),), options=fast), 0
     yield Case("add_rms_norm", "", _add_norm, (dense(n, h), dense(n, h)), (dense(h),), options=fast), 0
     yield Case("gated_product", "", partial(_gated, stop_gate=False), (dense(n, m), dense(n, m)), options=fast), 0
     # Three products, half of each masked.

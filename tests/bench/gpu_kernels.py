@@ -100,7 +100,7 @@ def kernel_of(name: str) -> Callable | None:
 def poisoned() -> Iterator[None]:
     """Meanwhile fresh memory holds NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -112,7 +112,7 @@ def correctness(rows: Rows, device: torch.device, large: Sizes, odd: Sizes, one_
     for case in cases(large, odd):
         for dtype in case.dtypes[: 1 if one_dtype else None]:
             name = f"{case.kernel}: {case.label}, {SHORT[dtype]}"
-            rows.attempt(name, partial(_compared, case, dtype, device), kernel=case.kernel)
+            rows.attempt(name, partial(_compared, case, dtype, device), kernel=case.kernel, dtype=SHORT[dtype])
 
 
 def _compared(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _compared(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str,
     leaves, constants = ([make(dtype, random) for make in makers] for makers in (case.leaves, case.constants))
     sent: list[Tensor] = []  # the coefficients of the outputs, once their shapes are known
     outputs, once, _ = _calculated(case.call, twin, leaves, constants, sent, random)
-    wide = [[_widened(x) for x in given] for given in (leaves, constants, sent)]
-    exact_outputs, exact, _ = _calculated(case.call, twin, *wide, random)
+    wide, more, back = ([_widened(x) for x in given] for given in (leaves, constants, sent))
+    exact_outputs, exact, _ = _calculated(case.call, twin, wide, more, back, random)
     given = [*leaves, *constants, *sent]
     before = [x.clone() for x in given]
     with poisoned():
@@ -254,7 +254,9 @@ def _candidates(launches: dict[str, list[Launch]]) -> Iterator[tuple[str, str, P
             yield part, label, Part(lambda changed=changed: [one() for one in changed], moved)
 
 
-def timing(rows: Rows, device: torch.device, sizes: Sizes, ceiling: dict[str, float], failed: set[str]) -> None:
+def timing(
+    rows: Rows, device: torch.device, sizes: Sizes, ceiling: dict[str, float], failed: set[str], repeats: int = 8
+) -> None:
     """The time of every kernel that is right, in bf16, beside its twin's.
 
     Args:
@@ -263,6 +265,7 @@ def timing(rows: Rows, device: torch.device, sizes: Sizes, ceiling: dict[str, fl
         sizes: of the model.
         ceiling: the measured "GB/s" and "TFLOP/s", if they were measured.
         failed: kernels that are wrong.
+        repeats: runs in each of three rounds.
     """
     clock = Clock(device, flush=True)
     for case, operations in timed(sizes):
@@ -270,7 +273,7 @@ def timing(rows: Rows, device: torch.device, sizes: Sizes, ceiling: dict[str, fl
         if case.kernel in failed:
             rows.attempt(name, lambda: {"status": "not timed: it is wrong"})
         elif kernel_of(case.kernel) is not None and rows.left() > 0:
-            rows.attempt(name, partial(_time, rows, name, case, operations, clock, ceiling, device))
+            rows.attempt(name, partial(_time, rows, name, case, operations, clock, ceiling, device, repeats))
 
 
 def _time(
@@ -281,6 +284,7 @@ def _time(
     clock: Clock,
     ceiling: dict[str, float],
     device: torch.device,
+    repeats: int,
 ) -> dict[str, Any]:
     random = torch.Generator(device).manual_seed(0)
     leaves, constants = ([make(BF16, random) for make in makers] for makers in (case.leaves, case.constants))
@@ -313,7 +317,7 @@ def _time(
     times: dict[tuple[str, str], list[float]] = {key: [] for key in candidates}
     for _ in range(3):
         for key, candidate in candidates.items():
-            times[key] += clock.many(candidate.run, 8)
+            times[key] += clock.many(candidate.run, repeats)
     for (part, label), candidate in candidates.items():
         found: dict[str, Any] = {"kernel": name, "part": part, "configuration": label, **summary(times[part, label])}
         if label != "twin":

@@ -12,6 +12,7 @@ attention computes again in its backward is not counted.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import re
 import statistics
@@ -78,7 +79,6 @@ def build(shape: Shape, device: torch.device) -> Any:
         vocab_size=shape.vocabulary,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        attn_implementation="sdpa",
         tie_word_embeddings=False,
     )
     before = torch.get_default_dtype()
@@ -95,6 +95,7 @@ def build(shape: Shape, device: torch.device) -> Any:
         else:
             nn.init.ones_(parameter)
         assert parameter.dtype == torch.bfloat16, name
+    model.set_attn_implementation("sdpa")
     return model.eval().requires_grad_(False)
 
 
@@ -297,14 +298,13 @@ def by_kernel(method: Method, embeds: Tensor) -> dict[str, Any]:
 @contextmanager
 def without_mask() -> Iterator[None]:
     """Transformers makes no mask for one unpadded prompt, but during a capture it can't look, and makes one."""
-    from transformers.models.llama import modeling_llama
-
-    before = modeling_llama.create_causal_mask
-    modeling_llama.create_causal_mask = lambda *args, **kwargs: None  # type: ignore[assignment]
+    module: Any = importlib.import_module("transformers.models.llama.modeling_llama")
+    before = module.create_causal_mask
+    module.create_causal_mask = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        modeling_llama.create_causal_mask = before
+        module.create_causal_mask = before
 
 
 def captured(method: Method, embeds: Tensor) -> tuple[Callable[[], object], Tensor]:

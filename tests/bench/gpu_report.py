@@ -48,7 +48,8 @@ def markdown(state: dict[str, Any], titles: dict[str, str], lengths: dict[str, i
         lines += [f"Every kernel agrees with its eager twin in {len(compared)} comparisons.", ""]
     lines += ["| bar | measured | |", "|---|---|---|", *bars(state, lengths, floors), ""]
     for name, part in state["sections"].items():
-        lines += [f"## {titles[name]}", "", f"{part['ended']}, {part['seconds']:.0f} s", "", *table(part["rows"]), ""]
+        found = {"correctness": agreement, "kernels": choices}.get(name, table)(part["rows"])
+        lines += [f"## {titles[name]}", "", f"{part['ended']}, {part['seconds']:.0f} s", "", *found, ""]
     lines.append("Times in ms: median (lowest-highest) of interleaved rounds, CUDA events.")
     return "\n".join(lines) + "\n"
 
@@ -114,10 +115,58 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield "| | ms | " + " | ".join(columns) + " |"
         yield "|---|---|" + "---|" * len(columns)
         for row in found:
-            time = f"{row['ms']:.4g} ({row['lowest']:.4g}-{row['highest']:.4g})" if "lowest" in row else ""
-            yield f"| {row['name']} | {time} | " + " | ".join(_cell(key, row.get(key)) for key in columns) + " |"
+            yield f"| {row['name']} | {_time(row)} | " + " | ".join(_cell(key, row.get(key)) for key in columns) + " |"
         yield ""
+    yield from _failed(rows)
+
+
+def agreement(rows: list[Row]) -> Iterator[str]:
+    """For each kernel and dtype the largest error and its twin's; gpu.json has every comparison."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    yield "| | comparisons | " + " | ".join(f"{dtype}: largest error (twin's)" for dtype in dtypes) + " |"
+    yield "|---|---|" + "---|" * len(dtypes)
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        found = [row for row in rows if row["kernel"] == kernel and row["status"] == "ok"]
+        cells = []
+        for dtype in dtypes:
+            here = [row for row in found if row["dtype"] == dtype]
+            largest = [max(row[key] for row in here) for key in ("error", "twin's error")] if here else []
+            cells.append("{:.2g} ({:.2g})".format(*largest) if here else "")
+        yield f"| {kernel} | {len(found)} | {' | '.join(cells)} |"
+    yield ""
+    yield from _failed(rows)
+
+
+def choices(rows: list[Row]) -> Iterator[str]:
+    """For each kernel's forward and backward the twin, what ships and the fastest; gpu.json has all of them."""
+    parts: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            parts.setdefault((row["kernel"], row["part"]), {})[row["configuration"]] = row
+    yield "| | twin, ms | as shipped, ms | reaches | of the ceiling | fastest, ms | configuration |"
+    yield "|---|---|---|---|---|---|---|"
+    for (kernel, part), found in parts.items():
+        twin, shipped = found.get("twin"), found.get("as shipped")
+        ours = [row for label, row in found.items() if label != "twin"]
+        if not ours:
+            continue
+        fastest = min(ours, key=lambda row: row["ms"])
+        reached = next(
+            (f"{shipped[unit]:.4g} {unit}" for unit in ("GB/s", "TFLOP/s") if shipped and unit in shipped), ""
+        )
+        share = f"{shipped['of the ceiling']:.0%}" if shipped and "of the ceiling" in shipped else ""
+        cells = (_time(twin), _time(shipped), reached, share, _time(fastest), fastest["configuration"])
+        yield f"| {kernel}, {part} | {' | '.join(cells)} |"
+    yield ""
+    yield from _failed(rows)
+
+
+def _failed(rows: list[Row]) -> Iterator[str]:
     yield from (f"- {row['name']}: {row['status']}" for row in rows if row["status"] not in ("ok", *SILENT))
+
+
+def _time(row: Row | None) -> str:
+    return f"{row['ms']:.4g} ({row['lowest']:.4g}-{row['highest']:.4g})" if row and "lowest" in row else ""
 
 
 def _cell(column: str, value: Any) -> str:

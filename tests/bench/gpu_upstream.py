@@ -35,7 +35,7 @@ def patched_by_upstream(model: Any, rules: str, path: str) -> Any:
         ImportError: no upstream there, or one that can't be imported.
     """
     patches = _upstream_patches(path)
-    module = _copied_module(rules)
+    module: Any = _copied_module(rules)
     module.ALL_ATTENTION_FUNCTIONS = _Table(module.ALL_ATTENTION_FUNCTIONS.items())
     gated, attend = (
         (patches.gated_mlp_forward, patches.patch_attention)

@@ -37,6 +37,11 @@ class Timing:
         """The median over the rounds."""
         return statistics.median(self.ratios)
 
+    @property
+    def median(self) -> float:
+        """Seconds, the median over the rounds."""
+        return statistics.median(self.seconds)
+
 
 def interleaved(
     cases: Mapping[str, Case],
