@@ -31,7 +31,7 @@ from lxt.imagegeometry import image_relevances
 from lxt.images import ImageExplainer, ImageRequest, image_request, tokens_of
 from lxt.inputs import read, task
 from lxt.latents import names
-from lxt.loading import device_of, dtype_of, model_of, processor_of
+from lxt.loading import budget_of, device_of, dtype_of, model_of, processor_of
 from lxt.passes import Result, audited, run
 from lxt.patches import patch_map_for
 from lxt.patching import monkey_patch, rules_of
@@ -353,6 +353,9 @@ def load(
     rules: str | Composite = "attnlrp",
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    memory: str | int | None = None,
+    gpu_memory: str | int | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Attributor:
     """An Attributor for a model by name, folder or instance.
 
@@ -365,14 +368,26 @@ def load(
         rules: a preset's name, or a Composite.
         device: where to put the model. None is a GPU if there is one, and leaves an instance where it is.
         dtype: as torch.dtype or its name. None is the checkpoint's own.
+        memory: how much this process may take, such as "4GiB", or in bytes. The weights that leave no room to compute
+            stay on disk and are read while they are needed; needs accelerate.
+        gpu_memory: the same of the GPU. None is what it has left, if `memory` is given.
+        offload_folder: where weights may be written, until the model is gone, that are stored in another form than
+            the model has: experts one by one, or files that aren't safetensors.
 
     Raises:
-        ValueError: no such model, rules or dtype, or a model that lxt cannot explain.
+        ValueError: no such model, rules or dtype, or a model that lxt cannot explain, or not in so little memory.
+        OSError: the offload folder's disk is too small.
     """
     composite = resolve(rules)
     kind = dtype_of(dtype)
     place = device_of(device)
+    budget = budget_of(memory, gpu_memory, offload_folder, place)
     if isinstance(name_or_model, nn.Module):
+        if gpu_memory is not None or offload_folder is not None:
+            raise ValueError(
+                "gpu_memory and offload_folder are for loading, and a model instance is where it is; load it by name, "
+                "or give memory alone, within which it is then explained"
+            )
         model = name_or_model
         if device is not None or kind is not None:
             model = model.to(device=place if device is not None else None, dtype=kind)
@@ -385,8 +400,8 @@ def load(
         from lxt import tiny
 
         name = str(tiny.path())
-    model = model_of(name, kind).eval()
-    if place is not None:
+    model = model_of(name, kind, budget, offload_folder).eval()
+    if place is not None and budget is None:
         model = model.to(place)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = processor_of(name if tokenizer is None else tokenizer, model)

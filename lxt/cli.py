@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +44,16 @@ Foil = Annotated[str | None, typer.Option("--contrast", "-c", help="explain the 
 Latents = Annotated[list[str] | None, typer.Option("--latents", "-l", help="residual, head, neuron; repeatable")]
 Device = Annotated[str | None, typer.Option(help="where to compute, such as cuda; default: where it fits")]
 Dtype = Annotated[str | None, typer.Option(help="the precision to load in: float32, bfloat16, ...")]
+Memory = Annotated[
+    str | None, typer.Option(help="what the process may take, such as 4GiB; weights beyond that stay on disk")
+]
+GpuMemory = Annotated[str | None, typer.Option(help="the same of the GPU; default: what it has left")]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, help="where weights may be written that can't be read as they lie", show_default=False
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -69,6 +79,9 @@ def attribute(
     save: Annotated[Path | None, _file("write what lxt.Attribution.load reads: .safetensors")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    offload_folder: OffloadFolder = None,
     debug: Debug = False,
 ) -> None:
     """Explain one prediction, in the terminal and in the files asked for."""
@@ -77,7 +90,8 @@ def attribute(
     # kind is checked by Target, at run time like all that is typed at a terminal.
     _refuse_unwritable([html, plot, pdf, save, json_])
     what = lxt.Target(target, kind=kind, contrast=contrast)  # type: ignore[arg-type]
-    out = _explained(text, model, rules, device, dtype, what, wanted)
+    room = {"memory": memory, "gpu_memory": gpu_memory, "offload_folder": offload_folder}
+    out = _explained(text, model, rules, device, dtype, what, wanted, room)
     as_json = json.dumps(out.to_dict(latents=bool(latents)))
     if json_ == Path("-"):
         print(as_json)
@@ -207,12 +221,13 @@ def _explained(
     dtype: str | None,
     target: Target | None = None,
     latents: tuple[str, ...] = (),
+    room: Mapping[str, Any] | None = None,
 ) -> Attribution:
     from lxt.composites import resolve
 
     composite = resolve(rules)  # before anything is downloaded
     with _silent_libraries(model):
-        explainer = lxt.load(model, rules=composite, device=device, dtype=dtype)
+        explainer = lxt.load(model, rules=composite, device=device, dtype=dtype, **(room or {}))
         return explainer.attribute(text, target=target, latents=latents)
 
 

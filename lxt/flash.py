@@ -61,7 +61,7 @@ def attention(
 ) -> Tensor:
     """scaled_dot_product_attention to the last bit, with the gradients of query, key and value times `shares`.
 
-    With shares of 0 for query and key, neither is computed and the output isn't saved.
+    With shares of 0 for query and key, neither is computed, and value and output aren't saved.
 
     Args:
         query: [batch, head, query, d_head]
@@ -92,7 +92,7 @@ class _Flash(torch.autograd.Function):
             query, *_for_each_head(query, key, value), 0.0, is_causal, attn_mask=mask, scale=scale
         )
         full = any(shares[:2])
-        ctx.save_for_backward(query, key, value, mask, lse, out if full else None)
+        ctx.save_for_backward(query, key, value if full else None, mask, lse, out if full else None)
         ctx.is_causal, ctx.given_scale, ctx.shares = is_causal, scale, shares
         return out
 
@@ -103,10 +103,10 @@ class _Flash(torch.autograd.Function):
         if out is not None and query.shape[-2] > OWN_UP_TO:
             found = _torch_backward(c_out, query, key, value, mask, lse, out, ctx.is_causal, ctx.given_scale)
             return *(c * share for c, share in zip(found, ctx.shares, strict=True)), None, None, None, None
-        tiles = _Tiles(query, key, value, mask, lse, c_out, ctx.is_causal, scale)
+        tiles = _Tiles(query, key, mask, lse, c_out, ctx.is_causal, scale)
         if out is None:
             return None, None, tiles.value(ctx.shares[2]), None, None, None, None
-        return *tiles.all(out, ctx.shares), None, None, None, None
+        return *tiles.all(value, out, ctx.shares), None, None, None, None
 
 
 def _for_each_head(query: Tensor, *grouped: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +155,6 @@ class _Tiles:
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
         mask: Tensor | None,
         lse: Tensor,
         c_out: Tensor,
@@ -171,7 +170,7 @@ class _Tiles:
         lse = lse.to(self.wide)
         # a row that sees no key has P = 0, and not exp(-inf + inf)
         self.lse = self._by_group(torch.where(lse == -torch.inf, torch.inf, lse).unsqueeze(-1))
-        self.key, self.values = (x.reshape(-1, self.keys, self.d_head) for x in (key, value))
+        self.key = key.reshape(-1, self.keys, self.d_head)
         self.key_columns = self.key.to(self.wide).transpose(1, 2)
         self.mask = None if mask is None else mask.unsqueeze(2)
         if mask is not None and mask.shape[1] > 1:
@@ -185,11 +184,11 @@ class _Tiles:
                 self._add(c_value[:, tile.columns], tile.probabilities.transpose(1, 2), tile.c_out)
         return self._grouped(c_value.mul_(share))
 
-    def all(self, out: Tensor, shares: tuple[float, float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    def all(self, value: Tensor, out: Tensor, shares: tuple[float, float, float]) -> tuple[Tensor, Tensor, Tensor]:
         """The coefficients of query, key and value, each times its share."""
         c_key, c_value = self._sums(), self._sums()
         c_query = torch.empty_like(self.c_out)
-        value_columns = self.values.to(self.wide).transpose(1, 2)
+        value_columns = value.reshape(-1, self.keys, self.d_head).to(self.wide).transpose(1, 2)
         delta = (self.c_out.to(self.wide) * self._by_group(out)).sum(-1, keepdim=True)
         for rows in self._rows():
             shift = self._flat(delta[:, :, rows])

@@ -17,7 +17,7 @@ from lxt.pixels import sees
 if TYPE_CHECKING:
     from lxt.placement import Budget
 
-__all__ = ["device_of", "dtype_of", "model_of", "processor_of", "tokenizer_of"]
+__all__ = ["budget_of", "device_of", "dtype_of", "model_of", "processor_of", "tokenizer_of"]
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -49,6 +49,42 @@ def device_of(device: str | torch.device | None) -> torch.device | None:
         raise ValueError(
             f"there is no device {str(device)!r} here ({reason}); use 'cpu', or leave device out"
         ) from None
+
+
+def budget_of(
+    memory: str | int | None,
+    gpu_memory: str | int | None,
+    offload_folder: str | Path | None,
+    device: torch.device | None,
+) -> Budget | None:
+    """What the arguments of `load` say about memory; None where they say nothing.
+
+    Args:
+        memory: of the CPU, for the whole process; None is what can still be had.
+        gpu_memory: of the GPU; None is what can still be had there, if it computes.
+        offload_folder: says nothing by itself.
+        device: what computes; None is the CPU.
+
+    Raises:
+        ValueError: no amount of memory, or arguments that don't go together.
+    """
+    from lxt.memory import available, parse_bytes, resident
+    from lxt.placement import Budget
+
+    if memory is None and gpu_memory is None:
+        if offload_folder is not None:
+            raise ValueError(
+                "offload_folder is for weights that leave the memory, and nothing says how much there is: give memory= "
+                "(such as '4GiB') as well, or leave it out"
+            )
+        return None
+    computes = torch.device("cpu") if device is None else device
+    if gpu_memory is not None and computes.type == "cpu":
+        raise ValueError(f"gpu_memory={gpu_memory!r}, but no GPU computes here; leave it out, or give device='cuda'")
+    on_cpu = available(torch.device("cpu")) + resident() if memory is None else parse_bytes(memory)
+    if computes.type == "cpu":
+        return Budget(on_cpu)
+    return Budget(on_cpu, available(computes) if gpu_memory is None else parse_bytes(gpu_memory), computes)
 
 
 def model_of(
@@ -104,7 +140,10 @@ def model_of(
     with torch.device("meta"):
         empty = auto.from_config(config, trust_remote_code=False, **options)
     empty.tie_weights()
-    return load_placed(fetch, empty, stored_weights(name, empty), budget, offload_folder)[0]
+    model, placement = load_placed(fetch, empty, stored_weights(name, empty), budget, offload_folder)
+    if placement.offloaded:
+        warnings.warn(f"{name} doesn't fit as a whole: {placement}", stacklevel=3)
+    return model
 
 
 def tokenizer_of(name: str | Path) -> Any:

@@ -27,13 +27,14 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
         # The casts are those of the architectures: the result must be theirs to the last bit.
         h = x.to(torch.float32)
-        rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        rstd = h.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.style = style
         ctx.save_for_backward(rstd, weight)
         if style == "gemma":
             return (h * rstd * (1.0 + weight.float())).type_as(x)
         if style == "llama":
-            return weight * (h * rstd).to(x.dtype)
+            normed = (h * rstd).to(x.dtype)
+            return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed
         normed = x * rstd
         return weight * (normed.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else normed)
 

@@ -32,7 +32,7 @@ Range = tuple[str, int, int]
 """A file, and where in it the bytes begin and how many they are."""
 
 
-def install(model: nn.Module, parts: Sequence[str], keep: object = None) -> WeightReader | None:
+def install(model: Any, parts: Sequence[str], keep: object = None) -> WeightReader | None:
     """Have accelerate's hooks read the offloaded weights through a WeightReader.
 
     Args:
@@ -171,8 +171,8 @@ def _advise(asked: queue.SimpleQueue[tuple[str, Sequence[Range]] | None]) -> Non
 
 
 def _offloading_hooks(module: nn.Module) -> list[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks: Sequence[Any] = getattr(hook, "hooks", (hook,))
     return [hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook.weights_map, "dataset")]
 
 

@@ -9,7 +9,9 @@ the model than in its files (experts that are stacked, .bin files) is written to
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,8 @@ def load_placed(
         scratch = Scratch(Path(offload_folder).expanduser(), placement.written)
     try:
         folder = None if scratch is None else str(scratch.path)
-        model = fetch(device_map=placement.device_map, offload_folder=folder)
+        with _without_warning():
+            model = fetch(device_map=placement.device_map, offload_folder=folder)
         # Weights are constants while lxt explains; those that come and go would forget a flag that is set meanwhile.
         model.requires_grad_(False)
         install(model, [part for part in placement.device_map if part != _table(empty).rpartition(".")[0]], scratch)
@@ -168,6 +171,18 @@ def plan(empty: nn.Module, stored: Stored, budget: Budget) -> Placement:
     written = {name for name in on_disk if name not in stored.in_place}
     _refuse_too_little(empty, stored, on_disk - written, written, taken, budget.memory)
     return Placement(device_map, sizes, blocks, sum(_weights(empty)[name] for name in written))
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """Silence accelerate about offloaded weights on the meta device, which is what was asked for."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def blocks_of(model: nn.Module) -> list[str]:

@@ -78,6 +78,9 @@ def _pair(composite: Composite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def matrix_product(composite: Composite, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The uniform rule for two activations; with a learned matrix it is a linear layer."""
+    if len(args) == 2 and is_activation(args[0]) != is_activation(args[1]) and not kwargs:  # with a constant, mostly
+        if composite.linear == _PLAIN and not isinstance(args[1], (list, tuple)):
+            return func(*args)
     if len(args) == 2 and isinstance(args[1], (list, tuple)):  # einsum(equation, operands)
         args = (args[0], *args[1])
     factors = activations((args, kwargs))

@@ -67,7 +67,8 @@ def stored_weights(name: str, empty: nn.Module) -> Stored:
 
 
 def _safetensors(name: str) -> list[str]:
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file
 
     missing: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **missing)

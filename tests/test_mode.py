@@ -19,11 +19,12 @@ from by_hand import (
     share_product,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lxt.composites import ATTN_LRP, GRADIENT
 from lxt.graph import refuse_foreign_functions
-from lxt.mode import RuleMode, UnknownOperation, plain_gradient
+from lxt.mode import RuleMode, UnknownOperation, plain_gradient, unwatched
 
 # -- functions that torch implements in Python
 
@@ -184,6 +185,12 @@ def test_dropout_is_inactive():
         ):
             assert torch.equal(y, x)
         assert torch.equal(torch.native_dropout(x, 0.9, True)[0], x)
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.equal(F.dropout(x, 0.9), x)
+                assert torch.equal(
+                    F.scaled_dot_product_attention(x, x, x, dropout_p=0.9), F.scaled_dot_product_attention(x, x, x)
+                )
     assert not torch.equal(F.dropout(x, 0.9), x)
 
 
@@ -286,6 +293,47 @@ def test_the_backward_may_run_inside_the_mode():
         c = F.tanh(a) * b  # the mode is still on
     assert torch.allclose(b.grad, F.silu(a) / 2)
     torch.testing.assert_close(gradients(c, [b])[0] * 2, gradients(torch.tanh(a) * b, [b])[0])
+
+
+class Watching(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_unwatched_runs_as_it_is_and_other_modes_still_see_it():
+    a, b = leaves(2)
+
+    def fails() -> None:
+        raise KeyError
+
+    with Watching() as outer, RuleMode(ATTN_LRP):
+        y = unwatched(operator.mul, a, b)
+        with pytest.raises(KeyError):
+            unwatched(fails)
+        z = a * b  # the mode is back
+        assert outer.seen
+        with Watching() as inner:
+            w = unwatched(operator.mul, a, b)  # not innermost: nobody is sent away
+        assert inner.seen
+    torch.testing.assert_close(gradients(y, [a, b]), gradients(a * b, [a, b]))
+    torch.testing.assert_close(gradients(unwatched(operator.mul, a, b), [a, b]), gradients(a * b, [a, b]))
+    for shared in (z, w):
+        torch.testing.assert_close(gradients(shared, [a, b]), gradients(share_product(a, b), [a, b]))
+
+
+def test_a_mode_that_is_used_again_gives_the_same():
+    a, b = leaves(2)
+    mode = RuleMode(ATTN_LRP)
+    for active in (False, True, False):
+        with mode:
+            y = (a if active else a.detach()) * b
+        expected = share_product(a, b) if active else a.detach() * b
+        torch.testing.assert_close(gradients(y, [a, b]), gradients(expected, [a, b]))
 
 
 def test_vmap_is_under_the_rules_or_refused():

@@ -166,7 +166,7 @@ def test_only_the_tokens_rows_of_the_embedding_are_read(folder, monkeypatch):
 
 def test_experts_are_stacked_in_a_folder_that_goes_with_the_model(tmp_path):
     folder, offload = saved(mixtral(), tmp_path / "model"), tmp_path / "offload"
-    with pytest.raises(ValueError, match="stored in another form than the model has .* give an offload_folder"):
+    with pytest.raises(ValueError, match=r"stored in another form than the model has .* give an offload_folder"):
         model_of(str(folder), None, starved())
     plain, placed = both("mixtral", folder, offload_folder=offload)
     assert torch.equal(placed.relevance, plain.relevance)
@@ -183,9 +183,7 @@ def test_experts_are_stacked_in_a_folder_that_goes_with_the_model(tmp_path):
 
 
 def reader_of(model) -> WeightReader:
-    return next(
-        hook.weights_map.dataset for module in model.modules() for hook in offloading._offloading_hooks(module)
-    )
+    return next(hook.weights_map.dataset for module in model.modules() for hook in offloading._offloading_hooks(module))
 
 
 def test_files_that_are_not_safetensors_are_written_once(tmp_path):
@@ -273,13 +271,13 @@ def test_a_gpu_is_filled_first(a_large_model):
     assert places == [0] * 3 + ["cpu"] * 2 + ["disk"] * 3
     assert found.device_map["model.norm"] == found.device_map["model.rotary_emb"] == 0
     assert str(found).count("of 8 layers") == 3
-    with pytest.raises(ValueError, match="gpu_memory=.* is too little: lm_head alone has .* give at least"):
+    with pytest.raises(ValueError, match=r"gpu_memory=.* is too little: lm_head alone has .* give at least"):
         plan(model, in_place(model), Budget(budget.memory, head, budget.device))
 
 
 def test_what_cannot_fit_is_refused_with_what_would(a_large_model):
     model = a_large_model
-    with pytest.raises(ValueError, match="this process has .* before any weight is loaded; give at least"):
+    with pytest.raises(ValueError, match=r"this process has .* before any weight is loaded; give at least"):
         plan(model, in_place(model), Budget(50 * 2**20))
     in_float32 = Stored(dict.fromkeys(model.state_dict(), torch.float32))
     with pytest.raises(ValueError, match=r"lm_head.weight is stored in another precision, .* or leave dtype out"):
@@ -306,7 +304,7 @@ def test_what_the_files_hold(tmp_path, folder):
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     folder = saved(mixtral(), tmp_path / "model")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(OSError, match="of weights have to be written to .* give an offload_folder on a larger disk"):
+    with pytest.raises(OSError, match=r"of weights have to be written to .* give an offload_folder on a larger disk"):
         model_of(str(folder), None, starved(), tmp_path / "offload")
     assert list((tmp_path / "offload").iterdir()) == []
 
@@ -397,12 +395,12 @@ def test_by_load(folder, tmp_path):
 
 
 def test_load_says_what_does_not_go_together(folder, monkeypatch):
-    with pytest.raises(ValueError, match="offload_folder .* memory="):
+    with pytest.raises(ValueError, match=r"offload_folder .* memory="):
         load(folder, offload_folder="somewhere")
-    with pytest.raises(ValueError, match="a model instance .* by name"):
-        load(llama(), memory="4GiB", gpu_memory="1GiB")
+    with pytest.raises(ValueError, match=r"a model instance .* by name"):
+        load(llama(), memory="4GiB", offload_folder="somewhere")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="gpu_memory=.* no GPU"):
+        with pytest.raises(ValueError, match=r"gpu_memory=.* no GPU"):
             load(folder, memory="4GiB", gpu_memory="1GiB")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))

@@ -19,10 +19,10 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
-import torch  # noqa: E402  what is above must come first
-from sections import SECTIONS, Sizes  # noqa: E402
-from subjects import TINY, machine  # noqa: E402
-from table import Row, Table, as_markdown, write  # noqa: E402
+import torch
+from sections import SECTIONS, Sizes
+from subjects import TINY, machine
+from table import Row, Table, as_markdown, write
 
 ROOT = Path(__file__).resolve().parents[2]
 # of what a trial run does, nothing takes long

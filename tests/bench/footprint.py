@@ -3,7 +3,7 @@
     python tests/bench/footprint.py '{"method": "cp", "tokens": 1024, ...}'     (cpu.py starts it for each case)
 
 Saved for backward: every tensor that autograd saves, and every tensor that an autograd function keeps as an attribute,
-counted by storage, each storage once and whole, without parameters. A model with one layer more gives what a layer saves.
+counted by storage, each storage once and whole, without parameters. One layer more gives what a layer saves.
 
 Peak: `ru_maxrss` of a process of its own after one run, less what it was just before. Before comes a run on 8 tokens,
 so that code and buffers of the libraries are there; the model is made in its dtype, so that making it leaves no peak.

@@ -46,9 +46,7 @@ def forward(model: Any, embeds: Tensor) -> Iterator[Run]:
 
 
 @contextmanager
-def patched(
-    model: Any, embeds: Tensor, rules: str = "attnlrp", patch_map: lxt.PatchMap | None = None
-) -> Iterator[Run]:
+def patched(model: Any, embeds: Tensor, rules: str = "attnlrp", patch_map: lxt.PatchMap | None = None) -> Iterator[Run]:
     """The baseline's own program on a patched model. An empty PatchMap leaves the operator mode alone."""
     with lxt.monkey_patch(model.model, rules, patch_map):
         yield partial(step, model, embeds)

@@ -27,6 +27,7 @@ PLAIN = "plain forward + backward"
 RATIO = f"ratio to {PLAIN}"
 OPERATOR_MODE = "operator mode alone, attnlrp"
 COMPILED = Path(__file__).resolve().parent / "compiled.py"
+SHORT_LLAMA_1B = replace(LLAMA_1B, layers=4)  # all 16 take 10 seconds a run
 BARS = {"attnlrp": 0.92, "cp": 0.76}  # of attribute(), 12 layers of 1024, 256 tokens
 
 
@@ -36,7 +37,7 @@ class Sizes:
 
     wide: Shape = WIDE
     grouped: Shape = GROUPED
-    llama: Shape = replace(LLAMA_1B, layers=4)  # all 16 take 10 seconds a run, and give the same ratios
+    llama: Shape = SHORT_LLAMA_1B
     deep: int = 24
     tokens: int = 256
     long: int = 1024
@@ -174,9 +175,7 @@ def longer(sizes: Sizes, seconds: float) -> Table:
     shape = replace(sizes.wide, layers=min(2, sizes.wide.layers))
     model = build(shape, torch.bfloat16)
     timings = interleaved(_ours(model, embeddings(model, sizes.longer)), PLAIN, seconds, sizes.rounds)
-    return Table(
-        "longer", f"Time, bfloat16, T = {sizes.longer}", RATIO, _rows(timings), f"{_words(shape)} only, SDPA."
-    )
+    return Table("longer", f"Time, bfloat16, T = {sizes.longer}", RATIO, _rows(timings), f"{_words(shape)} only, SDPA.")
 
 
 def depth(sizes: Sizes, seconds: float) -> Table:

@@ -48,7 +48,7 @@ def main() -> None:
         last = only_at(model.model.layers[-1] if narrow else None, torch.tensor([[options.tokens - 1]]))
         patch = lxt.monkey_patch(model.model, rules, patch_map) if rules else nullcontext()
         x = embeds.clone().requires_grad_()
-        with last, patch:
+        with patch, last:  # in this order: a fused layer would stand in for the narrowed one
             start = time.perf_counter()
             hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
             model.lm_head(hidden[:, -1]).max().backward()

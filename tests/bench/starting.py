@@ -19,9 +19,7 @@ HEAVY = ("matplotlib", "numpy", "rich", "tokenizers", "torch", "transformers", "
 
 def import_seconds(statement: str, processes: int) -> tuple[float, float, float]:
     """Median, lowest and highest of fresh processes; of which one before has brought the files into memory."""
-    code = (
-        f"import time; start = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)"  # clock inside
-    )
+    code = f"import time; start = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)"  # clock inside
 
     def once() -> float:
         return float(_python(code))
