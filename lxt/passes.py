@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from lxt.spans import stacked
 from lxt.targets import Goal, evaluate
 from lxt.turns import Turn, backward, places, turns
 
-__all__ = ["Result", "audited", "run"]
+__all__ = ["Result", "audited", "explained", "run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +95,7 @@ def run(
         prepared = with_prefix(prepare(rows, model, tokenizer), model)
         leaves = [leaf.requires_grad_() for leaf in inputs_of(prepared).values()]
         where, dealt = places(rows, goals, task(model)), turns(goals)
-        last = _last_layer(model, patch_map, latents, where)
-        with (
-            capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
-            narrowed(_head(model), where) as finish,
-            # on the bare model too: torch has another kernel where an attention bias requires grad
-            Holds().hold(model.parameters(), make_constant),
-            patch(),
-            only_at(last, where),  # around the layer's fused forward, where it has one
-        ):
-            output = forward(model, prepared)
-            logits = finish(_logits(output, model))
+        with explained(model, prepared, where, latents, patch_map, patch) as (logits, sink):
             if not logits.requires_grad:
                 raise ValueError(
                     f"the logits of {type(model).__name__} don't depend on its embeddings as far as autograd knows: a "
@@ -124,6 +114,37 @@ def run(
                 f"overflows in {leaves[0].dtype}; load the model with dtype='bfloat16' or 'float32'"
             )
     return _joined(parts, dealt, logits, prepared)
+
+
+@contextmanager
+def explained(
+    model: Model,
+    prepared: Prepared,
+    where: Tensor,
+    latents: Sequence[str],
+    patch_map: PatchMap,
+    patch: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[tuple[Tensor, Sink]]:
+    """The forward; yields its logits, [row, position, vocabulary], and what their backward, inside, fills.
+
+    Args:
+        model: the model.
+        prepared: the batch; what is explained requires grad.
+        where: [row, position], the explained positions.
+        latents: names of the wanted latents.
+        patch_map: says where latents are.
+        patch: as in `run`.
+    """
+    last = _last_layer(model, patch_map, latents, where)
+    with (
+        capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
+        narrowed(_head(model), where) as finish,
+        # on the bare model too: torch has another kernel where an attention bias requires grad
+        Holds().hold(model.parameters(), make_constant),
+        patch(),
+        only_at(last, where),  # around the layer's fused forward, where it has one
+    ):
+        yield finish(_logits(forward(model, prepared), model)), sink
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,11 +76,11 @@ def one_by_one(model: Any, embeds: Tensor, count: int, rules: str = "attnlrp") -
 @contextmanager
 def checkpointed(model: Any) -> Iterator[None]:
     """Gradient checkpointing of each layer, in eval(): transformers asks the layer alone whether it is in training."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         for layer in model.model.layers:
             layer.training = True
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
