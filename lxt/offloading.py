@@ -6,7 +6,8 @@ accelerate's hooks do that for each module. What is added to them here:
     the layers from the last to the first, that is the one before.
  3. Where the page cache can't hold the model, what was read is dropped from it when the next layer begins: otherwise
     the kernel drops what was just read ahead, and reads it again.
- 4. A recomputation may stop inside a module, once it has all that the backward needs, and the hook that gives the
+ 4. An output projection that is larger than the page cache is taken in pieces.
+ 5. A recomputation may stop inside a module, once it has all that the backward needs, and the hook that gives the
     module's weights back never runs. They are given back when another layer begins.
 """
 
@@ -17,6 +18,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from lxt.stored import Header, read_header
 
 __all__ = ["WeightReader", "byte_ranges", "give_back", "install"]
 
+PART_OF_CACHE = 0.75  # of what is left, beyond which one matrix can't stay in the page cache while it is used
 PIECE = 2**20  # bytes; the kernel cuts a larger request to its read-ahead size
 Range = tuple[str, int, int]
 """A file, and where in it the bytes begin and how many they are."""
@@ -48,11 +51,15 @@ def install(model: Any, parts: Sequence[str], keep: object = None) -> WeightRead
         return None
     reader = WeightReader(hooks[0][2].weights_map.dataset, parts, keep)
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    left = available(torch.device("cpu"))
     for name, module, hook in hooks:
         hook.weights_map.dataset = reader
         reader.serves(name, module)
         if module is table and isinstance(module, nn.Embedding) and module.max_norm is None:
             _read_rows_only(module, hook)
+        if module is head and type(module) is nn.Linear and module.weight.nbytes > PART_OF_CACHE * left:
+            _compute_in_pieces(module, int(left * PART_OF_CACHE / 4))
     return reader
 
 
@@ -174,6 +181,22 @@ def _offloading_hooks(module: nn.Module) -> list[Any]:
     hook: Any = getattr(module, "_hf_hook", None)
     hooks: Sequence[Any] = getattr(hook, "hooks", (hook,))
     return [hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook.weights_map, "dataset")]
+
+
+def _compute_in_pieces(head: nn.Linear, bytes: int) -> None:
+    """Let the output projection take its rows piece by piece, forward and backward.
+
+    A matmul goes over a matrix more than once. One that the page cache can't hold would be read each time.
+    """
+    rows = max(1, bytes // (head.in_features * head.weight.element_size()))
+
+    def in_pieces(module: nn.Linear, x: Tensor) -> Tensor:
+        wide = x.float()  # the pieces' gradients are added up in it
+        biases = [None] * len(module.weight) if module.bias is None else module.bias.split(rows)
+        pieces = zip(module.weight.split(rows), biases, strict=False)
+        return torch.cat([nn.functional.linear(wide.to(x.dtype), *piece) for piece in pieces], -1)
+
+    head.__dict__["_old_forward"] = MethodType(in_pieces, head)  # where accelerate keeps a module's own
 
 
 def _read_rows_only(table: nn.Embedding, hook: Any) -> None:

@@ -438,3 +438,19 @@ def test_reading_ahead_fills_the_page_cache_and_ends_with_the_model(tmp_path):
     while thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_output_projection_larger_than_the_page_cache_is_taken_in_pieces(rules, dtype, folder, monkeypatch):
+    plain = lxt.Attributor(model_of(str(folder), dtype).eval(), rules=rules).attribute(PROMPTS, target=7)
+    monkeypatch.setattr(offloading, "available", lambda _: 10_000)  # bytes
+    model = model_of(str(folder), dtype, starved()).eval()
+    calls = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, w, *b: calls.append(len(w)) or linear(x, w, *b))
+    placed = lxt.Attributor(model, rules=rules).attribute(PROMPTS, target=7)
+    assert calls.count(14 if dtype == torch.float32 else 29) >= 10  # of 300 rows, 1875 bytes at a time
+    # The pieces' gradients are rounded one by one.
+    close = 4 * torch.finfo(dtype).eps * plain.relevance.norm()
+    assert (placed.relevance - plain.relevance).norm() <= close

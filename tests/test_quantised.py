@@ -129,7 +129,7 @@ def test_the_bundled_models_relevance_stays(name, prompt):
     plain = lxt.load("tiny", dtype="bfloat16")
     expected = plain.attribute(prompt)
     found = lxt.load(quantise(lxt.load("tiny", dtype="bfloat16").model), plain.tokenizer).attribute(
-        prompt, target=expected.predictions[0].token_id
+        prompt, target=expected.predictions[0].id
     )
     assert found.relevance.isfinite().all()
     assert similarity(found.relevance[0], expected.relevance[0]) > SAME_TOKENS[bits]

@@ -1,6 +1,6 @@
 """The CPU benchmarks: time, memory and start-up of lxt against the plain model and other packages.
 
-    python tests/bench/cpu.py [--sections NAME ...] [--seconds 540] [--threads 1] [--report docs/benchmarks.md] [--tiny]
+    python tests/bench/cpu.py [--sections NAME ...] [--seconds 480] [--threads 1] [--report docs/benchmarks.md] [--tiny]
 
 Random weights: time needs no trained ones. Methods that are compared run interleaved in one process, and ratios are
 taken within a round (timing.py). Prints each section's table when it is done; with --report the page's marked part is
@@ -48,7 +48,7 @@ def main() -> None:
     names = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sections", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--seconds", type=float, default=540, help="for all sections together, about")
+    parser.add_argument("--seconds", type=float, default=480, help="for all sections together, about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", type=Path, help="the page whose marked part is written, and .json beside it")
     parser.add_argument("--note", default="", help="what else a reader should know of the machine")
