@@ -24,6 +24,9 @@ __all__ = ["applies", "attention"]
 
 ROWS, COLUMNS = 64, 512  # of a tile: the fastest of those tried from 256 to 4,096 tokens
 OWN_UP_TO = 512  # tokens; torch's full backward is as fast for longer prompts, and faster for much longer ones
+# Multiplications of one of the matrix products, from which on the tiles cost less than torch's backward: measured, for
+# the value alone and for all three.
+LEAST_FOR_VALUE, LEAST_FOR_ALL = 2**22, 2**24
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 
 
@@ -35,8 +38,20 @@ def applies(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    for_value: bool = False,
 ) -> bool:
-    """Whether torch's scaled_dot_product_attention would run its flash kernel on the CPU for these operands."""
+    """Whether torch's scaled_dot_product_attention would run its flash kernel on the CPU, and this would be faster.
+
+    Args:
+        query: as torch's, and so are the others.
+        key: its keys.
+        value: its values.
+        mask: its mask.
+        is_causal: its flag.
+        scale: its scale.
+        enable_gqa: its flag.
+        for_value: whether the coefficients of the values are all that is needed.
+    """
     tensors = [query, key, value] if mask is None else [query, key, value, mask]
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # which casts behind this function's back
         return False
@@ -45,6 +60,8 @@ def applies(
     if any(x.dim() != 4 for x in tensors) or (mask is not None and (mask.requires_grad or is_causal)):
         return False
     if not (len(query) == len(key) == len(value) and key.shape[1] == value.shape[1]):
+        return False
+    if query.numel() * key.shape[-2] < (LEAST_FOR_VALUE if for_value else LEAST_FOR_ALL):
         return False
     chosen = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     return chosen == _FLASH

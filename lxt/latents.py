@@ -22,7 +22,7 @@ from lxt.coefficients import wide
 from lxt.inputs import Model
 from lxt.patchmap import PatchMap
 
-__all__ = ["LATENTS", "Sink", "Site", "capture", "names", "residual_layers", "sites"]
+__all__ = ["LATENTS", "Sink", "Site", "capture", "names", "residual_layers", "sites", "streams"]
 
 LATENTS = ("residual", "head", "neuron")
 
@@ -145,6 +145,26 @@ def residual_layers(model: Model, patch_map: PatchMap) -> list[nn.Module]:
         wanted = f"layers of class {', '.join(patch_map.layers)}" if patch_map.layers else "a list of like layers"
         raise ValueError(f"{type(model).__name__} has no {wanted}, which latents are read from; leave latents out")
     return found
+
+
+def streams(model: Model, patch_map: PatchMap) -> list[list[nn.Module]]:
+    """The layers of each residual stream, which can be checkpointed: those of encoder-decoders have two.
+
+    Raises:
+        ValueError: there are none.
+    """
+    try:
+        found = [residual_layers(model, patch_map)]
+    except ValueError:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers that could be checkpointed; use checkpoint='off'"
+        ) from None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        names = patch_map.layers or tuple({type(layer).__name__ for layer in found[0]})
+        decoder = [module for module in model.get_decoder().modules() if type(module).__name__ in names]
+        lists = [list(m) for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        found.append(decoder or max(lists, key=len, default=[]))
+    return [layers for layers in found if layers]
 
 
 def sites(model: Model, patch_map: PatchMap, latents: Sequence[str]) -> list[Site]:

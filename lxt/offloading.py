@@ -80,8 +80,10 @@ class WeightReader(Mapping[str, Tensor]):
             number = self._part_of.get(name)
             if number is not None and len(shape) < 3:
                 self._ranges.setdefault(number, []).append(place)
-        read = sum(count for found in self._ranges.values() for _, _, count in found)
-        self._drops = read > available(torch.device("cpu"))
+        sizes = [sum(count for _, _, count in found) for found in self._ranges.values()]
+        left = available(torch.device("cpu"))
+        self._drops = sum(sizes) > left
+        self._ahead = max(0, int(left * PART_OF_CACHE) - max(sizes, default=0))
 
     def _number(self, name: str) -> int | None:
         return next((i for i, part in enumerate(self._parts) if name == part or name.startswith(f"{part}.")), None)
@@ -105,7 +107,7 @@ class WeightReader(Mapping[str, Tensor]):
             if self._drops:
                 self._page_cache.drop(self._ranges.get(before, ()))
         following = now + (1 if before is None or now > before else -1)
-        self._page_cache.read(self._ranges.get(following, ()))
+        self._page_cache.read(_first(self._ranges.get(following, ()), self._ahead))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -136,6 +138,16 @@ def byte_ranges(index: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Range
         tensor = header.tensors[entry.get("weight_name", name)]
         begin, end = tensor["data_offsets"]
         found[name] = (file, header.start + begin, end - begin), tuple(tensor["shape"])
+    return found
+
+
+def _first(ranges: Sequence[Range], most: int) -> list[Range]:
+    """The ranges as far as they come to so many bytes: what is read ahead must not displace what is in use."""
+    found: list[Range] = []
+    for file, start, count in ranges:
+        if most > 0:
+            found.append((file, start, min(count, most)))
+        most -= count
     return found
 
 

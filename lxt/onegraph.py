@@ -81,8 +81,9 @@ def forward_in_graph(
             output = own(module, *_copies(args), **_copies(kwargs))
     finally:
         patch.traces_own = False
+    _make_constant()
     places = _tensors(output)
-    if frame != _frame() or [x.shape for x in places] != [x.shape for x in found]:
+    if frame != _frame() or len(places) != len(found):
         # dynamo went on in another graph, and the first one's guards don't know what stands in the second
         why = "the model's own forward doesn't go into one graph, or writes to its arguments"
         return _EAGERLY[why](_for_good, patch, why, module, own, args, kwargs)
@@ -164,6 +165,17 @@ def _why(name: str, number: str) -> str | None:
 def _frame() -> str:
     """Names the graph that is being traced: another one after a graph break."""
     return str(CompileContext.current_compile_id())
+
+
+@torch.compiler.assume_constant_result
+def _make_constant() -> None:
+    """Have guards on the values of numbers that dynamo took for variables, which the call in the graph has read."""
+    for number in InstructionTranslator.current_tx().output.unspec_variable_map.values():
+        value = getattr(number, "sym_num", None)
+        if isinstance(value, torch.SymFloat):
+            float(value)
+        elif isinstance(value, torch.SymInt):
+            int(value)
 
 
 def _state(module: nn.Module) -> tuple[Tensor, ...]:

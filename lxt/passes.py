@@ -33,7 +33,7 @@ from lxt.spans import stacked
 from lxt.targets import Goal, evaluate
 from lxt.turns import Turn, backward, places, turns
 
-__all__ = ["Result", "audited", "explained", "run"]
+__all__ = ["Result", "audited", "run", "traced"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ def run(
         prepared = with_prefix(prepare(rows, model, tokenizer), model)
         leaves = [leaf.requires_grad_() for leaf in inputs_of(prepared).values()]
         where, dealt = places(rows, goals, task(model)), turns(goals)
-        with explained(model, prepared, where, latents, patch_map, patch) as (logits, sink):
+        with traced(model, prepared, where, latents, patch_map, patch) as (logits, sink):
             if not logits.requires_grad:
                 raise ValueError(
                     f"the logits of {type(model).__name__} don't depend on its embeddings as far as autograd knows: a "
@@ -117,7 +117,7 @@ def run(
 
 
 @contextmanager
-def explained(
+def traced(
     model: Model,
     prepared: Prepared,
     where: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lxt.composites import Composite
+from lxt.mode import unwatched
 from lxt.patches._forwards import bare, coefficient_of, hooked, is_fusable
 from lxt.rules import gated_product
 
@@ -28,7 +29,8 @@ def gated_experts(module: Any, composite: Composite) -> Callable | None:
 
     def gate(experts: Any, gate_up: Tensor) -> Tensor:
         first, up = gate_up.chunk(2, dim=-1)
-        return gated_product(first, up, bare(experts.act_fn), coefficient, composite.product == "stop_gate")
+        stop_gate = composite.product == "stop_gate"
+        return unwatched(gated_product, first, up, bare(experts.act_fn), coefficient, stop_gate)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         experts = self if hooked(self.act_fn) else _WithGate(self, gate)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from equations import Float64
+from models import EXAMPLES, build, inputs_of
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +32,12 @@ SHAPES = {
     "one row of mask": (2, 4, 2, 10, 10, 8, "one row", False),
     "long": (1, 2, 1, 520, 520, 8, None, True),
 }
+
+
+@pytest.fixture(autouse=True)
+def even_for_few_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(flash, "LEAST_FOR_VALUE", 0)
+    monkeypatch.setattr(flash, "LEAST_FOR_ALL", 0)
 
 
 def operands(shape: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, bool, Tensor]:
@@ -152,3 +160,35 @@ def test_autocast_is_left_to_torch() -> None:
     (q, k, v), *_ = operands("one tile", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert not flash.applies(q, k, v)
+
+
+def test_few_tokens_are_left_to_torch(monkeypatch) -> None:
+    (q, k, v), *_ = operands("one tile", torch.float32)
+    size = q.numel() * k.shape[-2]
+    for name, for_value in (("LEAST_FOR_VALUE", True), ("LEAST_FOR_ALL", False)):
+        monkeypatch.setattr(flash, name, size + 1)
+        assert not flash.applies(q, k, v, for_value=for_value)
+        assert flash.applies(q, k, v, for_value=not for_value)
+        monkeypatch.setattr(flash, name, size)
+        assert flash.applies(q, k, v, for_value=for_value)
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "t5", "vit"])
+def test_whole_models_agree_with_torchs_other_kernel(name: str, rules: str, monkeypatch) -> None:
+    """Grouped heads, sliding windows and padding as masks, biases, cross-attention, and no mask at all."""
+    model, ran = build(name), []
+    monkeypatch.setattr(flash, "attention", lambda *a, _run=flash.attention, **o: ran.append(1) or _run(*a, **o))
+
+    def coefficients() -> list[Tensor]:
+        inputs = inputs_of(name)
+        with Float64(), lxt.monkey_patch(model, rules):
+            EXAMPLES[name].logit(model(**inputs).logits).backward()
+        return [x.grad for x in inputs.values()]
+
+    found = coefficients()
+    assert ran
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = coefficients()
+    for c, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(c, truth, rtol=1e-9, atol=1e-11 * float(truth.abs().max()))

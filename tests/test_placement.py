@@ -419,9 +419,16 @@ def test_the_next_layer_is_asked_for_in_both_directions(folder, monkeypatch):
     for layer in (*layers, *layers[-2::-1]):
         reader[f"{layer}.mlp.up_proj.weight"]
         reader[f"{layer}.mlp.down_proj.weight"]
-    assert asked == [ranges[part] for part in (layers[1], layers[2], "model.norm", layers[0])] + [()]
+    assert asked == [list(ranges[part]) for part in (layers[1], layers[2], "model.norm", layers[0])] + [[]]
     assert reader["lm_head.weight"].shape == (300, 32)
-    assert asked[-1] == ()
+    assert asked[-1] == []
+
+
+def test_reading_ahead_does_not_displace_what_is_in_use():
+    ranges = [("a", 0, 10), ("a", 10, 10), ("b", 0, 10)]
+    assert offloading._first(ranges, 15) == [("a", 0, 10), ("a", 10, 5)]
+    assert offloading._first(ranges, 100) == ranges
+    assert offloading._first(ranges, 0) == []
 
 
 def test_reading_ahead_fills_the_page_cache_and_ends_with_the_model(tmp_path):
