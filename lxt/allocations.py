@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 def fakes() -> FakeTensorMode:
-    """Makes fake tensors: `with fakes: torch.empty(...)`. Operations that meet one give fake tensors outside of it too."""
+    """Makes fake tensors: `with fakes: torch.empty(...)`. Operations that meet one give fake ones outside of it too."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -101,7 +101,7 @@ def standing_in(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
                     if tensor is not None and tensor.is_meta:
                         with mode:
                             stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                        undo.callback(held.__setitem__, name, tensor)
+                        undo.callback(held.__setitem__, name, tensor)  # pyright: ignore[reportArgumentType]
                         held[name] = stand_in  # type: ignore[assignment]
             if "top_k_index" in type(module).forward.__code__.co_varnames:
                 undo.callback(module.register_forward_pre_hook(_in_turn, with_kwargs=True).remove)
@@ -169,4 +169,3 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2, 0),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5, 1),
 }
-

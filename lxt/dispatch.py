@@ -29,7 +29,7 @@ __all__ = ["form", "kernel"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 would lose digits: kernels add in float32
 CAPABILITY = (8, 0)  # Ampere: the oldest with bfloat16, and that tests compile for
 TRITON = (3, 6)
-INEXACT_FORWARDS = ("gated_product", "rms_norm")
+INEXACT_FORWARDS = ("add_layer_norm", "add_rms_norm", "gated_product", "rms_norm")
 _NAMES = {coefficient: name for name, coefficient in COEFFICIENTS.items()}
 
 

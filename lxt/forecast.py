@@ -300,7 +300,7 @@ def _executing(model: Model) -> torch.device:
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
             if getattr(one, "offload", False):
-                return torch.device(one.execution_device)
+                return torch.device(getattr(one, "execution_device", None) or "cpu")
     return torch.device("cpu")
 
 

@@ -51,7 +51,7 @@ def available(device: torch.device) -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that belong to this process alone; files that are mapped, as weights may be, aren't among them."""
+    """Bytes that belong to this process alone; files that are mapped, as weights may be, aren't among them."""
     found = _amounts(Path("/proc/self/status"))
     if "RssAnon" in found:
         return found["RssAnon"]

@@ -80,10 +80,10 @@ class WeightReader(Mapping[str, Tensor]):
             number = self._part_of.get(name)
             if number is not None and len(shape) < 3:
                 self._ranges.setdefault(number, []).append(place)
-        sizes = [sum(count for _, _, count in found) for found in self._ranges.values()]
+        self._sizes = {number: sum(count for _, _, count in found) for number, found in self._ranges.items()}
         left = available(torch.device("cpu"))
-        self._drops = sum(sizes) > left
-        self._ahead = max(0, int(left * PART_OF_CACHE) - max(sizes, default=0))
+        self._cache = int(left * PART_OF_CACHE)
+        self._drops = sum(self._sizes.values()) > left
 
     def _number(self, name: str) -> int | None:
         return next((i for i, part in enumerate(self._parts) if name == part or name.startswith(f"{part}.")), None)
@@ -107,7 +107,8 @@ class WeightReader(Mapping[str, Tensor]):
             if self._drops:
                 self._page_cache.drop(self._ranges.get(before, ()))
         following = now + (1 if before is None or now > before else -1)
-        self._page_cache.read(_first(self._ranges.get(following, ()), self._ahead))
+        room = self._cache - self._sizes.get(now, 0)
+        self._page_cache.read(_first(self._ranges.get(following, ()), room))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -70,6 +70,8 @@ def forward_in_graph(
         args: of the forward.
         kwargs: of the forward.
     """
+    if not torch.compiler.is_dynamo_compiling():  # dynamo gave this function up
+        return call_eagerly(patch.run, module, own, args, kwargs)
     why = patch.why_eager or _why(patch.name, number) or _why_arguments((args, kwargs)) or _why_state(patch, module)
     if why is not None:
         return _EAGERLY[why](patch.run, module, own, args, kwargs)
@@ -83,7 +85,7 @@ def forward_in_graph(
         patch.traces_own = False
     _make_constant()
     places = _tensors(output)
-    if frame != _frame() or len(places) != len(found):
+    if frame != _frame() or [x.shape for x in places] != [x.shape for x in found]:
         # dynamo went on in another graph, and the first one's guards don't know what stands in the second
         why = "the model's own forward doesn't go into one graph, or writes to its arguments"
         return _EAGERLY[why](_for_good, patch, why, module, own, args, kwargs)
@@ -170,6 +172,8 @@ def _frame() -> str:
 @torch.compiler.assume_constant_result
 def _make_constant() -> None:
     """Have guards on the values of numbers that dynamo took for variables, which the call in the graph has read."""
+    if CompileContext.current_compile_id() is None:
+        return  # a graph break was here, and what follows runs eagerly
     for number in InstructionTranslator.current_tx().output.unspec_variable_map.values():
         value = getattr(number, "sym_num", None)
         if isinstance(value, torch.SymFloat):
@@ -257,12 +261,23 @@ def _call(
         return tuple(_tensors(call_eagerly(patch.run, module, own, args, kwargs)))  # no compiler runs it
     try:
         with _in_place(module, state):
-            return tuple(_tensors(patch.run(module, own, args, kwargs)))
+            return tuple(_tensors(patch.run(module, own, _numbers(args), _numbers(kwargs))))
     except Exception as error:  # an eager run raises what is the model's fault, and works where it is the compiler's
         raise Unsupported(
             "lxt's rules run eagerly here, since the patched forward can't be traced: compile without "
             f"fullgraph=True\n{type(error).__name__}: {error}"
         ) from error
+
+
+def _numbers(value: Any) -> Any:
+    """`value` with numbers for those that dynamo took for variables; models ask whether they are int."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_numbers(item) for item in value])
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    return float(value) if isinstance(value, torch.SymFloat) else value
 
 
 @contextmanager

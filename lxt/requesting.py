@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lxt.checkpointing import Checkpoint
 from lxt.inputs import Model, Row, batches, check
 from lxt.targets import Goal, Target
 
@@ -24,6 +25,7 @@ class Request:
         groups: which rows run together.
         places: for each of the goals, which row of the result it is.
         latents: names of the wanted latents.
+        checkpoint: how the layers are checkpointed.
     """
 
     rows: list[Row]
@@ -31,6 +33,7 @@ class Request:
     groups: list[list[int]]
     places: list[list[int]]
     latents: tuple[str, ...] = ()
+    checkpoint: Checkpoint = "off"
 
 
 def request_of(

@@ -23,7 +23,7 @@ def forget_what_was_compiled():
 
 def close(compiled, eager) -> bool:
     """Equal but for the order of sums, and so in float32 to a few units of the largest."""
-    return bool((compiled - eager).abs().max() <= 1e-6 * eager.abs().max())
+    return bool((compiled - eager).abs().max() <= 4e-6 * eager.abs().max())
 
 
 def small(name="llama") -> nn.Module:

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 pytest.importorskip("triton")
 
 from lxt import rules
-from lxt.triton_kernels.rotary import TOKENS, rotary
+from lxt.triton_kernels.rotary import TILE, rotary
 from lxt.triton_kernels.value_attention import value_attention
 
 
@@ -204,20 +204,66 @@ def angles(batch: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[Ten
 @pytest.mark.parametrize(("batch", "width"), [(1, 16), (2, 10), (2, 80)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary(dtype, batch, width, by_token):
-    x = torch.randn(2, 3, TOKENS + 5, width, device=DEVICE).to(dtype)
+    tokens = 2 * TILE // width + 5  # more than a program takes
+    x = torch.randn(2, 3, tokens, width, device=DEVICE).to(dtype)
     x = x.transpose(1, 2).contiguous().transpose(1, 2) if by_token else x
-    cos, sin = angles(batch, TOKENS + 5, width, dtype)
+    cos, sin = angles(batch, tokens, width, dtype)
     y, (c,), c_y = coefficients(lambda x: rotary(x, cos, sin, 0.25), x)
     twin, (expected,), _ = coefficients(lambda x: rules.rotary(x, cos, sin, 0.25), x, c_y=c_y)
     theirs, _ = apply_rotary_pos_emb(x, x, cos, sin)
-    assert torch.equal(y, twin)
-    assert torch.equal(y, theirs)
+    assert torch.equal(twin, theirs)
+    assert y.stride() == x.stride()
+    if INTERPRETED and dtype == torch.bfloat16:
+        assert_close(y, twin, 3 * step(dtype), atol=2 * step(dtype))
+    else:
+        assert torch.equal(y, twin)
     assert c is not None
     assert c.stride() == x.stride()
-    assert_close(c, expected, 2 * step(dtype), atol=2**-22)
+    # In 16 bits the twin rounds its products; the kernel doesn't.
+    assert_close(c, expected, 4 * step(dtype), atol=2**-22 if dtype == torch.float32 else 2 * step(dtype))
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(apply_rotary_pos_emb(leaf, leaf, cos.double(), sin.double())[0], leaf, c_y.double())
     assert_close(c, (exact / 4).to(dtype), 2 * step(dtype), atol=2**-22)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary_of_a_part_of_each_head(dtype):
+    # As GPT-NeoX and Phi-3 have it: a view into [batch, token, head, d_head], itself a part of one projection.
+    q, k, _ = torch.randn(2, 9, 3 * 4 * 20, device=DEVICE).to(dtype).view(2, 9, 3, 4, 20).permute(2, 0, 3, 1, 4)
+    cos, sin = angles(1, 9, 8, dtype)
+    for x in (q[..., :8], k[..., :8]):
+        y, (c,), c_y = coefficients(lambda x: rotary(x, cos, sin, 0.5), x)
+        twin, (expected,), _ = coefficients(lambda x: rules.rotary(x, cos, sin, 0.5), x, c_y=c_y)
+        assert_close(y, twin, 3 * step(dtype), atol=2 * step(dtype) + 2**-22)
+        assert c is not None
+        assert_close(c, expected, 4 * step(dtype), atol=2**-22 if dtype == torch.float32 else 2 * step(dtype))
+
+
+def test_rotary_of_mixed_dtypes_is_the_models():
+    x = torch.randn(2, 3, 5, 8, device=DEVICE).half()
+    cos, sin = angles(1, 5, 8, torch.float32)
+    y, (c,), c_y = coefficients(lambda x: rotary(x, cos, sin), x)
+    twin, (expected,), _ = coefficients(lambda x: rules.rotary(x, cos, sin), x, c_y=c_y)
+    assert torch.equal(y, twin)
+    assert c is not None
+    assert_close(c, expected, 4 * step(torch.float16), atol=2 * step(torch.float16))
+
+
+def test_rotary_of_cosines_in_any_layout():
+    x = torch.randn(2, 3, 6, 8, device=DEVICE)
+    cos, sin = angles(2, 6, 8, torch.float32)
+    expected = rules.rotary(x, cos, sin)
+    assert torch.equal(rotary(x, cos.mT.contiguous().mT, sin.transpose(0, 1).contiguous().transpose(0, 1)), expected)
+    assert torch.equal(rotary(x, cos[:1].expand(2, -1, -1), sin[:1]), rules.rotary(x, cos[:1], sin[:1]))
+
+
+def test_rotary_of_tokens_far_apart():
+    cos, sin = torch.ones(1, 4, 16, device=DEVICE).half(), torch.zeros(1, 4, 16, device=DEVICE).half()
+    x = far_apart(16)[None, None]
+    y = rotary(x.requires_grad_(), cos, sin)
+    assert torch.equal(y, torch.ones_like(y))
+    (c,) = torch.autograd.grad(y, x, far_apart(16)[None, None])
+    assert torch.equal(c, torch.ones_like(c))
 
 
 def test_rotary_of_strided_and_empty_gradients():

@@ -18,7 +18,17 @@ from lxt import dispatch, norm_rules, rules
 
 pytest.importorskip("triton")
 
-NAMES = ("gated_product", "identity", "layer_norm", "relevance", "rms_norm", "rotary", "value_attention")
+NAMES = (
+    "add_layer_norm",
+    "add_rms_norm",
+    "gated_product",
+    "identity",
+    "layer_norm",
+    "relevance",
+    "rms_norm",
+    "rotary",
+    "value_attention",
+)
 
 
 class FakeTensor:
@@ -132,7 +142,7 @@ def test_a_model_explained_by_kernels(build, preset, everywhere):
         size = expected.latents[name].abs().max().item()
         torch.testing.assert_close(found.latents[name], expected.latents[name], rtol=0, atol=2**-17 * size)
     used = {name for name, count in calls.items() if count}
-    norms = {"rms_norm", "gated_product"} if build is llama else {"layer_norm", "identity"}
+    norms = {"add_rms_norm", "rms_norm", "gated_product", "rotary"} if build is llama else {"layer_norm", "identity"}
     assert used == norms | {"relevance"} | ({"value_attention"} if preset == "cp" else set())
 
 

@@ -90,7 +90,7 @@ class _GatedProduct(torch.autograd.Function):
         g, u, c = rows(gate), rows(up), rows(c_y)
         arguments = [c_gate, c_up, g, u, c, g.stride(0), u.stride(0), c.stride(0), g.shape[1]]
         constants = {"FORM": ctx.coefficient, "BLOCK": BLOCK}
-        launch(backward_kernel, [len(g), triton.cdiv(g.shape[1], BLOCK)], arguments, constants)
+        launch(backward_kernel, lambda meta: [len(g), triton.cdiv(g.shape[1], meta["BLOCK"])], arguments, constants)
         return c_gate, c_up, None, None, None, None
 
 
@@ -101,7 +101,7 @@ def _forward(gate: Tensor, up: Tensor, coefficient: str, keep: bool) -> tuple[Te
     g, u = rows(gate), rows(up)
     constants = {"FORM": coefficient, "KEEP": keep, "BLOCK": BLOCK}
     arguments = [y, activated, g, u, g.stride(0), u.stride(0), g.shape[1]]
-    launch(forward_kernel, [len(g), triton.cdiv(g.shape[1], BLOCK)], arguments, constants)
+    launch(forward_kernel, lambda meta: [len(g), triton.cdiv(g.shape[1], meta["BLOCK"])], arguments, constants)
     return y, activated
 
 

@@ -45,7 +45,8 @@ class _Identity(torch.autograd.Function):
         x = ctx.saved_tensors[0].contiguous()
         c_x = torch.empty_like(x)
         constants = {"FORM": ctx.coefficient, "BLOCK": BLOCK}
-        launch(backward_kernel, [triton.cdiv(x.numel(), BLOCK)], [c_x, x, c_y.contiguous(), x.numel()], constants)
+        arguments = [c_x, x, c_y.contiguous(), x.numel()]
+        launch(backward_kernel, lambda meta: [triton.cdiv(x.numel(), meta["BLOCK"])], arguments, constants)
         return c_x, None, None
 
 

@@ -36,7 +36,7 @@ def configured(kernel: Any, **changes: int | bool) -> Iterator[None]:
 
 def launch(
     kernel: Any,
-    grid: Callable[[dict[str, Any]], Sequence[int]],
+    grid: Callable[[dict[str, Any]], Sequence[Any]],
     arguments: Sequence[Any],
     constants: dict[str, Any],
     warps: int = 4,
@@ -57,7 +57,9 @@ def launch(
     changes = _CHANGED.get(kernel, {})
     options = {**constants, "num_warps": warps}
     if unknown := changes.keys() - options.keys() - {"num_stages"}:
-        raise ValueError(f"{kernel.__name__} has no {', '.join(sorted(unknown))}; there are {', '.join(options)}, num_stages")
+        raise ValueError(
+            f"{kernel.__name__} has no {', '.join(sorted(unknown))}; there are {', '.join(options)}, num_stages"
+        )
     options |= changes
     sizes = tuple(grid(options))
     if 0 in sizes:

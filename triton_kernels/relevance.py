@@ -12,15 +12,30 @@ import triton.language as tl
 from torch import Tensor
 
 from lxt.triton_kernels.launch import launch, rows
-from lxt.triton_kernels.rms_norm import tile
+from lxt.triton_kernels.rms_norm import TILE, tile
 
 __all__ = ["relevance"]
 
 
 @triton.jit
-def sum_kernel(out, x, c_x, x_stride, c_stride, count, groups, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Group g of `count` is part g % groups of row g // groups."""
-    group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits: a division of 64 costs registers
+def sum_kernel(
+    out,
+    x,
+    c_x,
+    x_stride,
+    c_stride,
+    count,
+    groups,
+    width,
+    MANY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Group g of `count` is part g % groups of row g // groups. MANY: 32 bits can't count them."""
+    first = tl.program_id(0)  # a division of 64 bits costs registers
+    if MANY:
+        first = first.to(tl.int64)
+    group = first * ROWS + tl.arange(0, ROWS)
     exists = group < count
     row = (group // groups).to(tl.int64)
     x_start = x + row * x_stride + group % groups * width
@@ -58,6 +73,8 @@ def relevance(x: Tensor, c_x: Tensor, groups: int | None = None) -> Tensor:
     a, c = rows(x), rows(c_x)
     width = a.shape[1] // parts
     size, block = tile(width)
-    arguments = [out, a, c, a.stride(0), c.stride(0), len(a) * parts, parts, width]
-    launch(sum_kernel, [triton.cdiv(len(a) * parts, size)], arguments, {"ROWS": size, "BLOCK": block})
+    count = len(a) * parts
+    arguments = [out, a, c, a.stride(0), c.stride(0), count, parts, width]
+    constants = {"MANY": count > 2**31 - TILE, "ROWS": size, "BLOCK": block}
+    launch(sum_kernel, lambda meta: [triton.cdiv(count, meta["ROWS"])], arguments, constants)
     return out

@@ -349,14 +349,14 @@ def _write_gradient(
     q, k, v, o = (x.stride()[:3] for x in (query, key, c_value, c_out))
     launch(
         statistics_kernel,
-        [triton.cdiv(queries, constants["QUERIES"]) * batch * heads],
+        lambda meta: [triton.cdiv(queries, meta["QUERIES"]) * batch * heads],
         [maximum, inverse, query, key, bias, *q, *k, *strides, heads, queries, keys, width, scale, window],
         constants,
         warps,
     )
     launch(
         value_kernel,
-        [triton.cdiv(keys, constants["KEYS"]) * batch * v_heads],
+        lambda meta: [triton.cdiv(keys, meta["KEYS"]) * batch * v_heads],
         [
             c_value,
             c_out,

@@ -30,9 +30,20 @@ from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lxt.triton_kernels import gated_product, identity, layer_norm, relevance, rms_norm, rotary, value_attention
+from lxt.triton_kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    gated_product,
+    identity,
+    layer_norm,
+    relevance,
+    rms_norm,
+    rotary,
+    value_attention,
+)
 
-MODULES = (gated_product, identity, layer_norm, relevance, rms_norm, rotary, value_attention)
+MODULES = (add_layer_norm, gated_product, identity, layer_norm, relevance, rms_norm, rotary, value_attention)
+OPTIONS = ("enable_fp_fusion", "num_stages")  # of the compiler, among a kernel's constants
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Bytes of shared memory per program. sm_80 is compiled for 8.6 and 8.9 too, which have the least.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -95,6 +106,25 @@ def cases() -> dict[str, Callable[[], Any]]:
         found[f"layer_norm {short(dtype)} {hidden}"] = lambda hidden=hidden, dtype=dtype: backward(
             lambda x: layer_norm.layer_norm(x, (hidden,), torch.ones(hidden, dtype=dtype)), numbers(4, hidden, dtype)
         )
+    for style, hidden, dtype, exact in (
+        ("llama", 4096, bf16, True),
+        ("llama", 4096, bf16, False),
+        ("llama", 4096, fp32, False),
+        ("gemma", 2304, bf16, False),
+        ("t5", 512, bf16, False),
+    ):
+        name = f"add_rms_norm {style} {short(dtype)} {hidden}{'' if exact else ' fast'}"
+        found[name] = lambda style=style, hidden=hidden, dtype=dtype, exact=exact: both(
+            lambda x, r: add_rms_norm.add_rms_norm(x, r, torch.ones(hidden, dtype=dtype), 1e-6, style, exact),  # type: ignore[arg-type]
+            numbers(64, hidden, dtype),
+        )
+    for hidden, dtype in ((768, bf16), (5120, bf16), (768, fp32)):
+        found[f"add_layer_norm {short(dtype)} {hidden} fast"] = lambda hidden=hidden, dtype=dtype: both(
+            lambda x, r: add_layer_norm.add_layer_norm(
+                x, r, (hidden,), torch.ones(hidden, dtype=dtype), torch.ones(hidden, dtype=dtype), exact=False
+            ),
+            numbers(4, hidden, dtype),
+        )
     for groups in (None, 32):
         found[f"relevance bf16 {'per token' if groups is None else 'per head of 128'}"] = lambda groups=groups: (
             relevance.relevance(numbers(16, 4096, bf16), numbers(16, 4096, bf16), groups)
@@ -122,6 +152,12 @@ def cases() -> dict[str, Callable[[], Any]]:
         lambda x: rms_norm.rms_norm(x, torch.ones(1), 1e-6, "t5", False), numbers(1, 1, bf16)
     )
     found["one: layer_norm"] = lambda: backward(lambda x: layer_norm.layer_norm(x, (1,)), numbers(1, 1, bf16))
+    found["one: add_rms_norm"] = lambda: both(
+        lambda x, r: add_rms_norm.add_rms_norm(x, r, torch.ones(1), 1e-6, "t5", False), numbers(1, 1, bf16)
+    )
+    found["one: add_layer_norm"] = lambda: both(
+        lambda x, r: add_layer_norm.add_layer_norm(x, r, (1,), exact=False), numbers(1, 1, bf16)
+    )
     found["one: relevance"] = lambda: relevance.relevance(numbers(1, 1, bf16), numbers(1, 1, bf16), 1)
     found["one: rotary"] = lambda: backward(
         lambda x: rotary.rotary(x, numbers(1, 1, 2, bf16), numbers(1, 1, 2, bf16)), numbers(1, 1, 1, 2, bf16)
@@ -133,6 +169,18 @@ def cases() -> dict[str, Callable[[], Any]]:
     found["one: value_attention, window"] = lambda: attention(64, bf16, window=1)
     found["far: rms_norm"] = lambda: backward(
         lambda x: rms_norm.rms_norm(x, torch.ones(64, dtype=bf16), 1e-6, "llama", False), far_apart(64)
+    )
+    found["far: add_rms_norm"] = lambda: both(
+        lambda x, r: add_rms_norm.add_rms_norm(x, r, torch.ones(64, dtype=bf16), 1e-6, "llama", False), far_apart(64)
+    )
+    found["far: add_layer_norm"] = lambda: both(
+        lambda x, r: add_layer_norm.add_layer_norm(x, r, (64,), exact=False), far_apart(64)
+    )
+    found["far: rotary"] = lambda: backward(
+        lambda x: rotary.rotary(x, numbers(1, 2, 64, bf16), numbers(1, 2, 64, bf16)), far_apart(64)[None, None]
+    )
+    found["many: relevance"] = lambda: relevance.relevance(  # of 2^31 rows, all one in memory
+        numbers(1, 64, bf16).expand(2**31, 64), numbers(1, 64, bf16).expand(2**31, 64)
     )
     found["far: relevance"] = lambda: relevance.relevance(far_apart(64), far_apart(64))
     found["far: value_attention"] = lambda: attention(64, bf16, queries=2, keys=2, heads=1, far=True)
@@ -152,6 +200,12 @@ def backward(function: Callable[..., Tensor], *inputs: Tensor) -> None:
     leaves = [x.requires_grad_() for x in inputs]
     y = function(*leaves)
     y.backward(torch.ones_like(y))
+
+
+def both(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> None:
+    """The backward of both outputs of a residual connection with its norm."""
+    outputs = function(x.requires_grad_(), x.detach().requires_grad_())
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
 
 def halves(x: Tensor) -> Tensor:
@@ -224,7 +278,7 @@ def source(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -
 
 def compiled(name: str, case: Callable[[], Any], targets: list[int]) -> Iterator[Compiled]:
     for kernel, arguments, constants, warps in launches(case):
-        options = {"num_warps": warps} | {key: constants[key] for key in ("num_stages",) if key in constants}
+        options = {"num_warps": warps} | {key: constants[key] for key in OPTIONS if key in constants}
         for target in targets:
             built = triton.compile(
                 source(kernel, arguments, constants), target=GPUTarget("cuda", target, 32), options=options
@@ -238,7 +292,7 @@ def compiled(name: str, case: Callable[[], Any], targets: list[int]) -> Iterator
             used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
             yield Compiled(
                 case=name,
-                kernel=kernel.__name__,
+                kernel=kernel.__name__ + (" back" if constants.get("BACK") else ""),
                 target=target,
                 registers=used["REG"],
                 stack=used["STACK"] + used["LOCAL"],
