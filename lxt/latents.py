@@ -66,19 +66,22 @@ class Sink:
         self.values[key] = value
 
     def stacked(self, latent: str, mask: Tensor) -> Tensor:
-        """[layer, batch, token, …] on the CPU, 0 at padding.
+        """[layer, batch, token, …] on the CPU, 0 at padding; the sink gives it away.
 
         Raises:
             ValueError: a layer's tap was never reached, or layers differ in size.
         """
-        layers = [self.values[key].cpu() for key in sorted(self.values) if key[0] == latent]
-        shapes = sorted({tuple(layer.shape) for layer in layers})
+        keys = [key for key in sorted(self.values) if key[0] == latent]
+        shapes = sorted({tuple(self.values[key].shape) for key in keys})
         if len(shapes) != 1:
             raise ValueError(
                 f"{latent!r} has {shapes or 'no value'} in the layers, not one shape; leave that latent out"
             )
-        stack = torch.stack(layers)
-        return torch.where(mask.view(1, *mask.shape, *[1] * (stack.dim() - 3)), stack, 0)
+        first = self.values[keys[0]]
+        stack = first.new_empty((len(keys), *first.shape), device="cpu")
+        for layer, key in zip(stack, keys, strict=True):
+            layer.copy_(self.values.pop(key))  # which goes as its copy comes, so that there is one of all
+        return stack if mask.all() else stack.masked_fill_(~mask.view(1, *mask.shape, *[1] * (stack.dim() - 3)), 0)
 
 
 class Tap(torch.autograd.Function):

@@ -92,9 +92,7 @@ def forward_in_graph(
     return _with(output, list(found))
 
 
-def plain_in_graph(
-    patch: Any, module: nn.Module, own: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def plain_in_graph(patch: Any, module: nn.Module, own: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same under `torch.no_grad()`, where the rules only keep the model still."""
     if any(part.training for part in module.modules()):
         return _EAGERLY["a part of the model is in training mode (model.eval())"](patch.run, module, own, args, kwargs)

@@ -45,12 +45,16 @@ def llama(cls=LlamaForCausalLM, **options):
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=2,
-        max_position_embeddings=64,
         initializer_range=0.2,  # so that the layers do something
-        **{"bos_token_id": 0, "eos_token_id": 1, **options},
+        **{
+            "num_hidden_layers": LAYERS,
+            "max_position_embeddings": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **options,
+        },
     )
     return cls(config).eval()
 

@@ -124,10 +124,10 @@ def test_any_layout(name, layout, exact):
         assert_alike(lambda x, r: kernel(x, r, weight, exact), lambda x, r: twin(x, r, weight), a, b, atol=2**-20)
     if layout != "empty":
         _, found, sent = coefficients(lambda x, r: kernel(x, r, weight, exact), x, dense)
-        _, strided, _ = coefficients(
-            lambda x, r: kernel(x, r, weight, exact), x, dense, [LAYOUTS[layout](c) for c in sent]
-        )
-        assert all(torch.equal(a, b) for a, b in zip(found, strided, strict=True))
+        normed, summed = (LAYOUTS[layout](c) for c in sent)
+        for other in ([normed, summed], [normed, sent[1]], [sent[0], summed]):
+            _, strided, _ = coefficients(lambda x, r: kernel(x, r, weight, exact), x, dense, other)
+            assert all(torch.equal(a, b) for a, b in zip(found, strided, strict=True))
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
@@ -141,6 +141,15 @@ def test_a_stream_kept_in_float32(style, exact):
         x,
         residual,
     )
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+def test_the_sum_is_rounded_before_the_norm_reads_it(exact):
+    # In float16 nothing remains of x; weights in float32 would show it.
+    residual, x = torch.ones(3, 40, device=DEVICE).half(), (torch.rand(3, 40, device=DEVICE) * 2**-12).half()
+    normed, summed = add_rms_norm(x, residual, torch.ones(40, device=DEVICE), EPS, "t5", exact)
+    assert torch.equal(summed, residual)
+    assert_close(normed, torch.full_like(normed, (1 + EPS) ** -0.5), 2**-21)
 
 
 def test_layer_norm_of_mixed_dtypes_is_torchs():

@@ -14,7 +14,15 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "bench" / "kernels.py"
 
-KERNELS = {"backward_kernel", "forward_kernel", "rotary_kernel", "rotary_kernel back", "statistics_kernel", "sum_kernel", "value_kernel"}
+KERNELS = {
+    "backward_kernel",
+    "forward_kernel",
+    "rotary_kernel",
+    "rotary_kernel back",
+    "statistics_kernel",
+    "sum_kernel",
+    "value_kernel",
+}
 
 
 def compiled(tmp_path: Path) -> list[dict]:

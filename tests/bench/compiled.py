@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from contextlib import nullcontext
 
 import torch
 import transformers
@@ -49,7 +48,7 @@ def main() -> None:
         model(inputs_embeds=x, logits_to_keep=1).logits[0, -1, 7].backward()
         return time.perf_counter() - start, x.grad
 
-    with lxt.monkey_patch(models["patched"], options.rules) if options.rules else nullcontext():
+    with lxt.monkey_patch(models["patched"], options.rules):
         runs = dict(models) | {f"{name}, compiled": torch.compile(m, fullgraph=True) for name, m in models.items()}
         for name, model in runs.items():
             print(f"first call, {name}: {once(model)[0]:.1f} s")

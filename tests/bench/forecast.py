@@ -1,4 +1,4 @@
-"""What explainer.forecast says an attribution takes, against what it takes: memory and time, each in a process of its own.
+"""What explainer.forecast says against what an attribution takes: memory and time, each in a process of its own.
 
     python tests/bench/forecast.py [--layers 8] [--hidden 512] [--dtype float32] [--tokens 512 2048] [--json FILE]
 

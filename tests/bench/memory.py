@@ -126,9 +126,9 @@ def tell(name: str, run: Run, floor: float) -> None:
         print(f"{name}: {how} after {run.seconds:.1f} s; anonymous memory {run.anonymous / 2**30:.2f} GiB")
         return
     found = report(run)
-    times = ", ".join(f"{seconds:.1f}" for seconds in found["seconds"])
+    times = ", ".join(f"{seconds:.1f} s ({seconds / floor:.2f} × the floor)" for seconds in found["seconds"])
     print(
-        f"{name}: attribute {times} s = {min(found['seconds']) / floor:.2f} × the floor; load {found['load']:.1f} s; "
+        f"{name}: attribute {times}; load {found['load']:.1f} s; "
         f"anonymous memory {run.anonymous / 2**30:.2f} GiB at most; read {found['read'] / 1e9:.1f} GB in the first; "
         f"{found['placement']}"
     )

@@ -1,0 +1,98 @@
+"""Documents cut into windows that fit the model, and windows dealt into numbered blocks: the unit of work.
+
+Every window starts with the special tokens that the tokenizer puts before a text, followed by the next tokens of its
+document; windows of a document don't overlap, and no window holds two documents. Both numberings depend on corpus,
+tokenizer and settings alone, so a block can be computed anywhere and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from lxt.neurons.corpus import Corpus
+
+__all__ = ["Block", "Counts", "Window", "blocks", "windows"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a document.
+
+    Attributes:
+        number: among all windows of the corpus.
+        document: the document's name.
+        start: which of the document's tokens comes first here, special tokens before it not counted.
+        ids: the token ids, special tokens included.
+    """
+
+    number: int
+    document: str
+    start: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Windows that are computed together.
+
+    Attributes:
+        number: its place among the blocks; a block holds the windows from number × size on.
+        windows: at least one.
+    """
+
+    number: int
+    windows: tuple[Window, ...]
+
+
+@dataclass
+class Counts:
+    """What was read: documents, those cut into several windows, those too short to predict anything, windows."""
+
+    documents: int = 0
+    cut: int = 0
+    too_short: int = 0
+    windows: int = 0
+
+
+def windows(corpus: Corpus, tokenizer: Any, length: int, counts: Counts) -> Iterator[Window]:
+    """The windows of all documents, counted in `counts`.
+
+    Args:
+        corpus: the documents.
+        tokenizer: the model's.
+        length: how many tokens a window holds at most, special ones included.
+        counts: where to count.
+
+    Raises:
+        ValueError: a length that leaves no room for two tokens.
+    """
+    special = set(tokenizer.all_special_ids)
+    for document in corpus.documents():
+        ids = list(tokenizer(document.text, verbose=False)["input_ids"])
+        first = next((place for place, token in enumerate(ids) if token not in special), len(ids))
+        prefix, ids = ids[:first], ids[first:]
+        room = length - len(prefix)
+        if room < 2:
+            raise ValueError(
+                f"windows of {length} tokens leave {room} beside the {len(prefix)} special ones; give a larger length"
+            )
+        counts.documents += 1
+        counts.cut += len(ids) > room
+        # a piece of a single token predicts nothing, unless special tokens go before it
+        pieces = [(start, ids[start : start + room]) for start in range(0, len(ids), room)]
+        pieces = [(start, piece) for start, piece in pieces if len(prefix) + len(piece) > 1]
+        counts.too_short += not pieces
+        for start, piece in pieces:
+            yield Window(counts.windows, document.name, start, (*prefix, *piece))
+            counts.windows += 1
+
+
+def blocks(found: Iterator[Window], size: int) -> Iterator[Block]:
+    """The windows in blocks of `size`; the last may be smaller."""
+    number = 0
+    while part := tuple(islice(found, size)):
+        yield Block(number, part)
+        number += 1
