@@ -63,7 +63,8 @@ def applies(
         return False
     if query.numel() * key.shape[-2] < (LEAST_FOR_VALUE if for_value else LEAST_FOR_ALL):
         return False
-    chosen = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    operands = query, key, value, mask, 0.0, is_causal
+    chosen = torch._fused_sdp_choice(*operands, scale=scale, enable_gqa=enable_gqa)  # pyright: ignore[reportPrivateImportUsage]
     return chosen == _FLASH
 
 

@@ -263,7 +263,9 @@ def value_attention(
         places = (torch.arange(x.shape[-2], device=x.device) for x in (query, key))
         distance = next(places)[:, None] - next(places)
         attn_mask, is_causal = (distance >= 0) & (distance < window), False
-    if value.requires_grad and flash.applies(query, key, value, attn_mask, is_causal, scale, enable_gqa, for_value=True):
+    if value.requires_grad and flash.applies(
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, for_value=True
+    ):
         return flash.attention(query, key, value, attn_mask, is_causal, scale, shares=(0.0, 0.0, 1.0))
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
