@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lxt import audit
+    from lxt import audit, neurons
     from lxt.attribution import Attribution
     from lxt.attributor import Attributor, load
     from lxt.composites import ATTN_LRP, CP_LRP, GRADIENT, Composite, Epsilon, Gamma
@@ -45,6 +45,7 @@ __all__ = [
     "declare",
     "load",
     "monkey_patch",
+    "neurons",
     "similarity",
 ]
 
@@ -73,8 +74,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "audit":
-        return import_module("lxt.audit")
+    if name in ("audit", "neurons"):
+        return import_module(f"lxt.{name}")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'lxt' has no attribute {name!r}; it has {', '.join(__all__)}")

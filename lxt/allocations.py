@@ -3,6 +3,7 @@
 torch's fake tensors have a shape, a dtype and a device; operations on them take microseconds and no memory, and go
 through autograd, rules, hooks and checkpointing like any others. `Allocations` sees each of these operations: it adds
 up what is alive on every device, as long as it is alive, and counts the floating point operations and the bytes moved.
+Experts get their tokens in turn: which ones a router would choose can't be known without numbers.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Allocations(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         out = _grouped_product(*args, **kwargs) if _is_grouped(func, args) else func(*args, **kwargs)
+        if func is aten.topk.default and isinstance(out[1], FakeTensor):
+            out = _in_turn(*out, args[0], args[2] if len(args) > 2 else -1)
         theirs = {tensor.untyped_storage()._cdata for tensor in given}
         made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
         own = [tensor for tensor in made if tensor.untyped_storage()._cdata not in theirs]
@@ -84,10 +87,7 @@ class Allocations(TorchDispatchMode):
 
 @contextmanager
 def standing_in(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Meanwhile weights that are on the meta device are fake ones where they would compute, and no file is read.
-
-    Experts get their tokens in turn: which ones a router would choose can't be known without numbers.
-    """
+    """Meanwhile weights that are on the meta device are fake ones where they would compute, and no file is read."""
     with ExitStack() as undo:
         for module in model.modules():
             hook = getattr(module, "_hf_hook", None)
@@ -103,8 +103,6 @@ def standing_in(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
                             stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                         undo.callback(held.__setitem__, name, tensor)  # pyright: ignore[reportArgumentType]
                         held[name] = stand_in  # type: ignore[assignment]
-            if "top_k_index" in type(module).forward.__code__.co_varnames:
-                undo.callback(module.register_forward_pre_hook(_in_turn, with_kwargs=True).remove)
         yield
 
 
@@ -120,15 +118,10 @@ class _Passive:
         return output
 
 
-def _in_turn(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    names = type(module).forward.__code__.co_varnames[1:]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    chosen = given["top_k_index"]
-    if not isinstance(chosen, FakeTensor):
-        return args, kwargs
-    count = getattr(module, "num_experts", None) or next(p.shape[0] for p in module.parameters() if p.dim() == 3)
-    given["top_k_index"] = (torch.arange(chosen.numel()) % count).view(chosen.shape).to(chosen.dtype)
-    return (), given
+def _in_turn(values: Tensor, indices: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """What a top-k gives, with indices that are numbers: models decide by a router's which experts run."""
+    turns = torch.arange(indices.numel(), device=indices.device) % x.shape[dim]
+    return values, turns.view(indices.shape)
 
 
 def _is_grouped(func: Any, args: tuple[Any, ...]) -> bool:

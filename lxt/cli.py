@@ -1,4 +1,4 @@
-"""The command line: `lxt attribute`, `lxt check`, `lxt models`, `lxt coverage`.
+"""The command line: `lxt attribute`, `lxt check`, `lxt label`, `lxt models`, `lxt coverage`.
 
 Whatever goes wrong ends in one line on stderr and a non-zero exit; `--debug` shows the traceback instead.
 """
@@ -123,6 +123,38 @@ def check(
     print(report)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def label(
+    model: ModelArgument,
+    corpus: Annotated[str, typer.Option(help="a text, jsonl or parquet file, a folder of them, or a hub dataset")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="the results folder, where a run goes on")],
+    latent: Annotated[str, typer.Option(help="neuron")] = "neuron",
+    layers: Annotated[str | None, typer.Option(help="such as 3,7 or 0-5; default: all")] = None,
+    by: Annotated[str, typer.Option(help="relevance or activation: which contexts give the names")] = "relevance",
+    top: Annotated[int, typer.Option(min=1, help="contexts of each neuron")] = 20,
+    target: Annotated[list[str] | None, typer.Option(help="explain this token's predictions only; repeatable")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens in a window; default: context, 512 at most")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows that run at once")] = 8,
+    block_size: Annotated[int, typer.Option(min=1, help="windows of a block, the most that a killed run repeats")] = 64,
+    column: Annotated[str, typer.Option(help="the field or column of jsonl and parquet with the text")] = "text",
+    unit: Annotated[str, typer.Option(help="what a document is in text files: line, paragraph or file")] = "line",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="count rows that can't be read, and go on")] = False,
+    rules: Rules = "attnlrp",
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Find the places of a corpus where each neuron matters most, and name the neurons by them."""
+    from lxt.composites import resolve
+    from lxt.neurons.command import labelled, numbers, reader
+
+    composite, wanted = resolve(rules), numbers(layers)  # before anything is downloaded
+    with _silent_libraries(model):
+        explainer = lxt.load(model, rules=composite, device=device, dtype=dtype)
+        documents = reader(corpus, column, unit, skip_bad)
+        labelled(explainer, documents, latent, wanted, by, top, out, target, length, batch_size, block_size)
 
 
 @app.command()

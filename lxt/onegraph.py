@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch import config as functorch_config
 from torch._guards import CompileContext
 
 from lxt.compiling import PATCHES, call, call_eagerly, hooks_of
@@ -35,7 +37,7 @@ _CONSTANTS = (bool, int, float, str)
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # a cache's layers whose tensors are keys and values
 
 # Each has a function of its own, since the reason that torch shows under fullgraph=True belongs to the function.
-_EAGERLY = {
+_EAGERLY: dict[str, Callable[..., Any]] = {
     why: torch.compiler.disable(
         call, reason=f"lxt's rules run eagerly here, since {why}: compile without fullgraph=True"
     )
@@ -75,6 +77,7 @@ def forward_in_graph(
     why = patch.why_eager or _why(patch.name, number) or _why_arguments((args, kwargs)) or _why_state(patch, module)
     if why is not None:
         return _EAGERLY[why](patch.run, module, own, args, kwargs)
+    _keep_what_is_saved()
     frame = _frame()
     found = _call(patch.name, number, _state(module), args, kwargs)
     patch.traces_own = True
@@ -165,6 +168,24 @@ def _why(name: str, number: str) -> str | None:
 def _frame() -> str:
     """Names the graph that is being traced: another one after a graph break."""
     return str(CompileContext.current_compile_id())
+
+
+@torch.compiler.assume_constant_result
+def _keep_what_is_saved() -> None:
+    """Have this compilation make a backward that may run again.
+
+    Inductor's backward writes into what it has saved unless its first run is under retain_graph=True. Its cache on the
+    disk doesn't tell the two apart (torch 2.13), and the one for a single run then gives wrong gradients, silently.
+    """
+    if not functorch_config.donated_buffer:
+        return
+    functorch_config.donated_buffer = False
+
+    def restore(_: object) -> None:
+        functorch_config.donated_buffer = True
+        callback_handler.end_callbacks = [other for other in callback_handler.end_callbacks if other is not restore]
+
+    callback_handler.register_end_callback(restore)
 
 
 @torch.compiler.assume_constant_result
@@ -288,6 +309,7 @@ def _in_place(module: nn.Module, state: Sequence[Tensor]) -> Iterator[None]:
     parts = list(module.modules())
     before = [(part.__dict__, dict(part.__dict__)) for part in parts]
     before += [(own, dict(own)) for part in parts for own in (part._parameters, part._buffers, part._modules)]
+    own: dict[str, Any]
     rest = iter(state)
     for part in parts:
         for own in (part._parameters, part._buffers):

@@ -74,7 +74,7 @@ def test_nested_keeps_square_root_and_taps_keep_nothing():
     bare, nested, layer = (kept(model, how) for how in ("off", "nested", "layer"))
     assert nested < 30 < 60 < layer < 70 < bare  # of which the last layer's, which keeps all, are few: it is narrow
     for how in ("nested", "layer"):
-        assert kept(model, how, ("residual",)) < kept(model, how) + 2
+        assert kept(model, how, ("residual",)) < kept(model, how) + 3  # the last layer has a tap, and runs in full
 
 
 def test_a_state_that_changes_between_layers_is_kept():

@@ -8,6 +8,7 @@ from models import DECODERS, build, inputs_of
 from relevances import relevance, state
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache
 from torch.overrides import TorchFunctionMode
 
 import lxt
@@ -78,6 +79,22 @@ def test_inductor_keeps_nothing_of_other_rules():
         with lxt.monkey_patch(model, rules):
             found, expected = in_one_graph(model, backend="inductor"), relevance(model)
         assert distance(found, expected) < 4e-6
+
+
+def test_backwards_over_again_whatever_is_in_the_cache():
+    model, x = build("llama", dtype=torch.float32), inputs_of("llama", torch.float32)["inputs_embeds"]
+
+    def gradients(run, *tokens, again):
+        logits = run(inputs_embeds=x).logits[0, -1]
+        return [torch.autograd.grad(logits[token], x, retain_graph=again)[0] for token in tokens]
+
+    with lxt.monkey_patch(model), fresh_cache():
+        gradients(torch.compile(model, fullgraph=True), 5, again=False)
+        torch.compiler.reset()
+        found = gradients(torch.compile(model, fullgraph=True), 5, 6, 5, again=True)
+        expected = gradients(model, 5, 6, 5, again=True)
+    assert all(distance(a, b) < 4e-6 for a, b in zip(found, expected, strict=True))
+    assert torch._functorch.config.donated_buffer
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])

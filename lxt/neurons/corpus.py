@@ -39,7 +39,7 @@ class Corpus:
     Attributes:
         source: a file, a folder (its .txt, .jsonl and .parquet files, sorted by path), `owner/dataset` or
             `owner/dataset:split` of the hub, or the texts themselves.
-        field: which field or column of jsonl, parquet and datasets holds the text.
+        column: which field or column of jsonl, parquet and datasets holds the text.
         unit: what a document is in text files: a line, a paragraph (ended by an empty line), or the file.
         skip_bad: count bad rows instead of raising.
         bad: how many were skipped by the last reading.
@@ -47,7 +47,7 @@ class Corpus:
     """
 
     source: str | Path | Sequence[str]
-    field: str = "text"
+    column: str = "text"
     unit: Unit = "line"
     skip_bad: bool = False
     bad: int = 0
@@ -86,7 +86,7 @@ class Corpus:
 
         Of files it takes names, sizes and the first and last MiB of each; of datasets name and split alone.
         """
-        digest = hashlib.sha256(f"{self.field} {self.unit} {self.skip_bad}".encode())
+        digest = hashlib.sha256(f"{self.column} {self.unit} {self.skip_bad}".encode())
         if not isinstance(self.source, (str, Path)):
             for text in self.source:
                 digest.update(hashlib.sha256(str(text).encode("utf-8", "surrogatepass")).digest())
@@ -114,13 +114,13 @@ class Corpus:
             for path in self._files():
                 name = path.relative_to(root).as_posix() if root.is_dir() else path.name
                 if path.suffix == ".jsonl":
-                    yield from _jsonl(path, name, self.field)
+                    yield from _jsonl(path, name, self.column)
                 elif path.suffix == ".parquet":
-                    yield from _parquet(path, name, self.field)
+                    yield from _parquet(path, name, self.column)
                 else:
                     yield from _text(path, name, self.unit)
         else:
-            yield from _dataset(str(self.source), self.field)
+            yield from _dataset(str(self.source), self.column)
 
     def _files(self) -> list[Path]:
         root = Path(self.source)  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ def _text(path: Path, name: str, unit: Unit) -> Iterator[Document | BadRow]:
         yield Document(name if unit == "file" else f"{name}:{start}", "".join(part).rstrip("\r\n"))
 
 
-def _jsonl(path: Path, name: str, field: str) -> Iterator[Document | BadRow]:
+def _jsonl(path: Path, name: str, column: str) -> Iterator[Document | BadRow]:
     for number, line in _lines(path, name):
         where = f"{name}, line {number}"
         if isinstance(line, BadRow):
@@ -185,20 +185,20 @@ def _jsonl(path: Path, name: str, field: str) -> Iterator[Document | BadRow]:
             except (json.JSONDecodeError, RecursionError) as error:
                 yield BadRow(f"{where}: no valid JSON ({error})")
                 continue
-            yield _of_row(row, field, f"{name}:{number}", where)
+            yield _of_row(row, column, f"{name}:{number}", where)
 
 
-def _of_row(row: object, field: str, name: str, where: str) -> Document | BadRow:
+def _of_row(row: object, column: str, name: str, where: str) -> Document | BadRow:
     if not isinstance(row, dict):
-        return BadRow(f"{where}: {type(row).__name__}, not an object with the field {field!r}")
-    if field not in row:
-        return BadRow(f"{where}: no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
-    return _document(name, row[field], f"{where}: the field {field!r}")
+        return BadRow(f"{where}: {type(row).__name__}, not an object with the field {column!r}")
+    if column not in row:
+        return BadRow(f"{where}: no field {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
+    return _document(name, row[column], f"{where}: the field {column!r}")
 
 
-def _parquet(path: Path, name: str, field: str) -> Iterator[Document | BadRow]:
+def _parquet(path: Path, name: str, column: str) -> Iterator[Document | BadRow]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet  # type: ignore[import-not-found]
     except ImportError:
         raise ImportError(f"{path} needs pyarrow to be read: pip install 'lxt[corpus]'") from None
     try:
@@ -206,16 +206,16 @@ def _parquet(path: Path, name: str, field: str) -> Iterator[Document | BadRow]:
     except ArrowException as error:
         raise OSError(f"{path} is no parquet file that can be read ({error}); give another") from error
     with file:
-        if field not in file.schema_arrow.names:
-            raise ValueError(f"{path} has no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
+        if column not in file.schema_arrow.names:
+            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for text in batch.column(0).to_pylist():
                 number += 1
-                yield _document(f"{name}:{number}", text, f"{name}, row {number}: the column {field!r}")
+                yield _document(f"{name}:{number}", text, f"{name}, row {number}: the column {column!r}")
 
 
-def _dataset(source: str, field: str) -> Iterator[Document | BadRow]:
+def _dataset(source: str, column: str) -> Iterator[Document | BadRow]:
     name, _, split = source.partition(":")
     missing = f"there is no file or folder {source!r}"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -226,4 +226,4 @@ def _dataset(source: str, field: str) -> Iterator[Document | BadRow]:
         raise ImportError(f"{missing}; if it is a dataset of the hub: pip install 'lxt[corpus]'") from None
     rows: Any = datasets.load_dataset(name, split=split or "train", streaming=True)
     for number, row in enumerate(rows):
-        yield _of_row(row, field, f"{name}:{number}", f"{name}, row {number}")
+        yield _of_row(row, column, f"{name}:{number}", f"{name}, row {number}")

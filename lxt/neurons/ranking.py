@@ -29,6 +29,10 @@ class Top:
     window: Tensor
     position: Tensor
 
+    def cpu(self) -> Top:
+        """The same on the CPU."""
+        return Top(self.score.cpu(), self.window.cpu(), self.position.cpu())
+
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
         return {"score": self.score, "window": self.window, "position": self.position}

@@ -48,19 +48,17 @@ class Scorer:
     batch_size: int
     targets: tuple[int, ...] | None = None
 
+    def every(self) -> tuple[int, ...]:
+        """All layers of the model."""
+        return tuple(site.layer for site in self._sites())
+
     def places(self) -> list[Site]:
         """Where the neurons are.
 
         Raises:
             ValueError: no causal language model, no such layer, or an architecture whose neurons aren't known.
         """
-        model = self.explainer.model
-        if task(model) != "causal":
-            raise ValueError(
-                f"{type(model).__name__} predicts no next tokens, which neurons are labelled by; load a causal model"
-            )
-        patch_map = self.explainer.patch_map
-        found = sites(model, patch_map if patch_map is not None else patch_map_for(model), ("neuron",))
+        model, found = self.explainer.model, self._sites()
         wrong = [layer for layer in self.layers if not 0 <= layer < len(found)]
         if wrong:
             raise ValueError(f"there is no layer {wrong[0]}; {type(model).__name__} has layers 0 to {len(found) - 1}")
@@ -87,6 +85,15 @@ class Scorer:
             parts = [self._measured([rows[i] for i in group], places, checkpoint == "off") for group in groups]
         order = [i for group in groups for i in group]
         return self._tally(block.windows, parts, torch.tensor(order).argsort())
+
+    def _sites(self) -> list[Site]:
+        model = self.explainer.model
+        if task(model) != "causal":
+            raise ValueError(
+                f"{type(model).__name__} predicts no next tokens, which neurons are labelled by; load a causal model"
+            )
+        patch_map = self.explainer.patch_map
+        return sites(model, patch_map if patch_map is not None else patch_map_for(model), ("neuron",))
 
     def _measured(self, rows: Sequence[Row], places: Sequence[Site], cut: bool) -> Measured:
         model = self.explainer.model
@@ -118,10 +125,10 @@ class Scorer:
 
     def _counted(self, row: Row, width: int) -> Tensor:
         """[token], True at tokens of the text: special ones collect what has no other place to go."""
-        counts = [token not in self._special for token in row.ids]
+        special = self._special()
+        counts = [token not in special for token in row.ids]
         return torch.tensor([False] * (width - len(row)) + counts)
 
-    @property
     def _special(self) -> frozenset[int]:
         return frozenset(self.explainer.tokenizer.all_special_ids)
 
@@ -142,10 +149,11 @@ class Scorer:
                 moments[layer, kind] = total
                 for sign, direction in SIGNS.items():
                     score = torch.cat([one.score[sign] for one in found])
-                    place = order.to(score.device)
-                    position = torch.cat([one.position[sign] for one in found])[place] - padded.to(score.device)[:, None]
-                    best = top_of(score[place], position, numbers, self.top, direction)
-                    tops[layer, kind, sign] = type(best)(*(tensor.cpu() for tensor in best.tensors().values()))
+                    place, shift = order.to(score.device), padded[:, None].to(score.device)
+                    position = torch.cat([one.position[sign] for one in found])
+                    best = top_of(score[place], position[place] - shift, numbers, self.top, direction)
+                    tops[layer, kind, sign] = best.cpu()
         size = self.explainer.model.get_input_embeddings().weight.shape[0]
-        ids = torch.tensor([token for window in windows for token in window.ids if token not in self._special])
+        special = self._special()
+        ids = torch.tensor([token for window in windows for token in window.ids if token not in special])
         return Tally.named(tops, moments, torch.bincount(ids.long(), minlength=size), windows)

@@ -1,9 +1,10 @@
-"""Time of a compiled patched model against the eager patched one and the compiled plain one, interleaved in one process.
+"""Time of a compiled patched model against the eager patched one and the compiled plain one.
 
     python tests/bench/compiled.py [--layers 4] [--hidden 512] [--tokens 128] [--rules attnlrp] [--rounds 7]
 
-Forward and backward of the last position's logit of a Llama with random, frozen weights; torch.compile with inductor,
-in one graph. Ratios, since the machine may be shared: median, lowest and highest over the rounds. One thread.
+Interleaved in one process: forward and backward of the last position's logit of a Llama with random, frozen weights;
+torch.compile with inductor, in one graph. Ratios, since the machine may be shared: median, lowest and highest over the
+rounds. One thread.
 """
 
 from __future__ import annotations

@@ -1,0 +1,189 @@
+"""Reading a corpus: every format, every kind of bad row, and windows that lose no token."""
+
+import gzip
+import json
+import random
+
+import pytest
+from small import a_tokenizer
+
+from lxt.neurons.corpus import BadRow, Corpus
+from lxt.neurons.windows import Counts, blocks, windows
+
+
+def read(corpus):
+    return [(document.name, document.text) for document in corpus.documents()]
+
+
+def test_text_by_line_paragraph_and_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\n\n \ntwo\nthree é\n\n\nfour".encode())
+    assert read(Corpus(path)) == [("a.txt:1", "one"), ("a.txt:4", "two"), ("a.txt:5", "three é"), ("a.txt:8", "four")]
+    assert read(Corpus(path, unit="paragraph")) == [
+        ("a.txt:1", "one"),
+        ("a.txt:4", "two\nthree é"),
+        ("a.txt:8", "four"),
+    ]
+    assert read(Corpus(str(path), unit="file")) == [("a.txt", "one\r\n\n \ntwo\nthree é\n\n\nfour")]
+    with pytest.raises(ValueError, match="unknown unit 'page' of text files; allowed: line, paragraph, file"):
+        Corpus(path, unit="page")
+
+
+def test_jsonl_and_bad_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = ['{"text": "one"}', "{", "[1]", '{"body": "x"}', '{"text": 5}', "", '{"text": "\\ud800"}', '{"text": ""}']
+    path.write_bytes("\n".join(rows).encode() + b'\n{"text": "\xff"}\n{"text": "two"}')
+    with pytest.raises(BadRow, match=r"a\.jsonl, line 2: no valid JSON .*skip bad rows \(skip_bad=True, --skip-bad\)"):
+        read(Corpus(path))
+    corpus = Corpus(path, skip_bad=True)
+    for _ in range(2):  # counted anew each time
+        assert read(corpus) == [("a.jsonl:1", "one"), ("a.jsonl:10", "two")]
+        assert corpus.bad == 6
+    assert corpus.first_bad[1:] == [
+        "a.jsonl, line 3: list, not an object with the field 'text'",
+        "a.jsonl, line 4: no field 'text'; it has 'body'",
+        "a.jsonl, line 5: the field 'text' is int, not a text",
+        "a.jsonl, line 7: the field 'text' isn't valid Unicode: character 0 is a lone surrogate",
+    ]
+    with pytest.raises(BadRow, match="line 1: no field 'body'; it has 'text'"):
+        read(Corpus(path, column="body"))
+
+
+def test_deep_json_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 200_000)
+    with pytest.raises(BadRow, match="line 1: no valid JSON"):
+        read(Corpus(path))
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.txt").write_text("three")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}))
+    (tmp_path / "a.txt").write_text("two")
+    (tmp_path / "notes.md").write_text("not read")
+    assert read(Corpus(tmp_path)) == [("a.jsonl:1", "one"), ("a.txt:1", "two"), ("b/x.txt:1", "three")]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_corpus_is_an_error(tmp_path, content):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.txt holds no document with text"):
+        read(Corpus(path))
+    with pytest.raises(ValueError, match="of 0 texts holds no document"):
+        read(Corpus([]))
+
+
+def test_what_is_not_there_or_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder 'nothing.txt'; give one, or a dataset"):
+        read(Corpus("nothing.txt"))
+    with pytest.raises(ValueError, match=r"holds no \.jsonl, \.parquet, \.txt"):
+        read(Corpus(tmp_path))
+    (tmp_path / "a.txt").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(BadRow, match=r"a\.txt, line 1: no valid UTF-8"):
+        read(Corpus(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no document with text \(1 bad rows were skipped, the first: a.txt"):
+        read(Corpus(tmp_path, skip_bad=True))
+    with pytest.raises(BadRow, match="text 1 of the list is int, not a text"):
+        read(Corpus(["a", 5]))
+
+
+def test_a_dataset_without_the_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"if it is a dataset of the hub: pip install 'lxt\[corpus\]'"):
+        read(Corpus("owner/name"))
+
+
+def test_a_dataset_is_streamed(monkeypatch):
+    asked = []
+
+    class Library:
+        @staticmethod
+        def load_dataset(name, split, streaming):
+            asked.append((name, split, streaming))
+            return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", Library)
+    assert read(Corpus("owner/name:test")) == [("owner/name:0", "one"), ("owner/name:1", "two")]
+    assert read(Corpus("owner/name"))
+    assert asked == [("owner/name", "test", True), ("owner/name", "train", True)]
+
+
+def test_parquet_without_the_library_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"a\.parquet needs pyarrow to be read: pip install 'lxt\[corpus\]'"):
+        read(Corpus(tmp_path))
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
+    with pytest.raises(BadRow, match=r"a\.parquet, row 2: the column 'text' is NoneType, not a text"):
+        read(Corpus(path))
+    assert read(Corpus(path, skip_bad=True)) == [("a.parquet:1", "one"), ("a.parquet:3", "two")]
+    with pytest.raises(ValueError, match="no column 'body'; it has text, n"):
+        read(Corpus(path, column="body"))
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(OSError, match="no parquet file that can be read"):
+        read(Corpus(path))
+
+
+def test_the_fingerprint_is_of_content_and_way_of_reading(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "a.txt").write_text("text")
+    assert Corpus(one).fingerprint() == Corpus(other).fingerprint()
+    assert Corpus(one).fingerprint() != Corpus(one, unit="file").fingerprint()
+    (other / "a.txt").write_text("next")
+    assert Corpus(one).fingerprint() != Corpus(other).fingerprint()
+    assert Corpus(["a", "b"]).fingerprint() != Corpus(["ab"]).fingerprint()
+
+
+def test_windows_hold_every_token_once_and_never_two_documents():
+    tokenizer, rng = a_tokenizer(), random.Random(0)
+    texts = [" ".join(rng.choices(["cats", "dogs", "play"], k=rng.randint(1, 40))) for _ in range(30)]
+    counts = Counts()
+    found = list(windows(Corpus(texts), tokenizer, 9, counts))
+    assert [window.number for window in found] == list(range(len(found)))
+    assert all(2 <= len(window.ids) <= 9 and window.ids[0] == 0 for window in found)
+    for number, text in enumerate(texts):
+        own = [window for window in found if window.document == str(number)]
+        ids = [token for window in own for token in window.ids[1:]]
+        assert ids == tokenizer(text)["input_ids"][1:]
+        starts = [0]
+        for window in own[:-1]:
+            starts.append(starts[-1] + len(window.ids) - 1)
+        assert [window.start for window in own] == starts
+    assert counts == Counts(30, sum(len(tokenizer(text)["input_ids"]) > 9 for text in texts), 0, len(found))
+
+
+def test_documents_that_predict_nothing_are_counted():
+    tokenizer = a_tokenizer()
+    tokenizer._tokenizer.post_processor = None  # no special token, so a single token has nothing before it
+    counts = Counts()
+    found = list(windows(Corpus(["a", "ab c", "b"]), tokenizer, 8, counts))
+    assert [window.document for window in found] == ["1"]
+    assert (counts.documents, counts.too_short) == (3, 2)
+
+
+def test_blocks_are_numbered_and_full_but_the_last():
+    found = windows(Corpus(["cats and dogs"] * 7), a_tokenizer(), 30, Counts())
+    dealt = list(blocks(found, 3))
+    assert [block.number for block in dealt] == [0, 1, 2]
+    assert [len(block.windows) for block in dealt] == [3, 3, 1]
+
+
+def test_documents_are_read_one_at_a_time(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\n\xff\n")
+    found = Corpus(path).documents()
+    assert next(found).text == "one"  # the bad third row is not read yet
+    assert next(found).text == "two"
+    with pytest.raises(BadRow, match="line 3"):
+        next(found)

@@ -1,0 +1,285 @@
+"""Labelling as a run: the same to the last bit however blocks are computed, and nothing lost however it ends."""
+
+import errno
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small import a_tokenizer, bert, gpt2, llama
+
+import lxt
+from lxt.neurons.ranking import Top, merged, top_of
+from lxt.neurons.running import label, model_fingerprint
+from lxt.neurons.storing import Folder
+
+WORDS = "I have 5 cats and 3 dogs My cats love to play with my dogs".split()
+
+
+def texts(count=40):
+    rng = random.Random(0)
+    return [" ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 12))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def explainer():
+    return lxt.load(llama(), a_tokenizer())
+
+
+OPTIONS = {"top": 4, "length": 16, "batch_size": 3, "block_size": 5, "layers": [0, 2]}
+
+
+@pytest.fixture(scope="module")
+def plain(explainer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    return label(explainer, texts(), out=folder, **OPTIONS)
+
+
+def tensors(found):
+    return found.tally.tensors()
+
+
+def assert_equal(one, other):
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_blocks_makes_no_difference(explainer, plain, tmp_path, seed):
+    def shuffled(function, blocks):
+        waiting = list(blocks)
+        random.Random(seed).shuffle(waiting)
+        for block in waiting:
+            yield block.number, function(block)
+
+    found = label(explainer, texts(), out=tmp_path, compute=shuffled, **OPTIONS)
+    assert_equal(found, plain)
+    assert found.names == plain.names
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_stopped_run_goes_on(explainer, plain, tmp_path, stop):
+    computed = []
+
+    def stopping(function, blocks):
+        for block in blocks:
+            if len(computed) == stop:
+                raise KeyboardInterrupt
+            computed.append(block.number)
+            yield block.number, function(block)
+
+    def going_on(function, blocks):
+        for block in blocks:
+            computed.append(block.number)
+            yield block.number, function(block)
+
+    with pytest.raises(KeyboardInterrupt):
+        label(explainer, texts(), out=tmp_path, compute=stopping, **OPTIONS)
+    found = label(explainer, texts(), out=tmp_path, compute=going_on, **OPTIONS)
+    assert_equal(found, plain)
+    assert sorted(computed) == list(range(8))  # none twice
+
+
+def test_folding_often_and_rarely_is_the_same(explainer, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("lxt.neurons.running._FOLD", 1)
+    assert_equal(label(explainer, texts(), out=tmp_path, **OPTIONS), plain)
+
+
+def test_a_finished_run_computes_nothing(explainer, plain):
+    def never(function, blocks):
+        raise AssertionError
+
+    again = label(explainer, texts(), out=plain.folder.path, compute=never, by="activation", **OPTIONS)
+    assert_equal(again, plain)
+    loaded = lxt.neurons.load(plain.folder.path)
+    assert loaded.by == "activation"
+    assert loaded[2, 3] == again[2, 3]
+    label(explainer, texts(), out=plain.folder.path, **OPTIONS)
+
+
+def test_in_memory_is_the_same(explainer, plain):
+    assert_equal(label(explainer, texts(), **OPTIONS), plain)
+
+
+KILLED = """
+import sys, time, torch
+sys.path[:0] = {paths!r}
+from test_neurons_running import OPTIONS, a_tokenizer, llama, lxt, texts
+from lxt.neurons.running import label
+torch.set_num_threads(1)
+
+def slow(function, blocks):
+    for block in blocks:
+        with open({log!r}, "a") as log:
+            log.write(f"{{block.number}}\\n")
+        found = function(block)
+        time.sleep(0.1)
+        yield block.number, found
+
+label(lxt.load(llama(), a_tokenizer()), texts(), out={out!r}, compute=slow, **OPTIONS)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9")
+def test_killed_again_and_again_it_repeats_at_most_one_block_each_time(plain, tmp_path):
+    tests = Path(__file__).parent
+    out, log = tmp_path / "out", tmp_path / "log"
+    log.touch()
+    (tmp_path / "run.py").write_text(
+        KILLED.format(paths=[str(tests), str(tests.parent)], log=str(log), out=str(out))
+    )
+    kills = 0
+    for _ in range(20):
+        started = len(log.read_text().split())
+        run = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.DEVNULL)
+        while run.poll() is None and len(log.read_text().split()) < started + 3:
+            time.sleep(0.005)
+        if run.poll() is None:
+            os.kill(run.pid, signal.SIGKILL)
+            kills += 1
+        if run.wait() == 0:
+            break
+    assert run.returncode == 0
+    assert kills >= 2
+    computed = [int(number) for number in log.read_text().split()]
+    assert set(computed) == set(range(8))
+    assert len(computed) <= 8 + kills
+    assert_equal(lxt.neurons.load(out), plain)
+
+
+def test_a_folder_of_something_else_is_refused(explainer, plain):
+    folder = plain.folder.path
+    with pytest.raises(ValueError, match=r"something else: top was 4 and is now 5\. Choose another"):
+        label(explainer, texts(), out=folder, **OPTIONS | {"top": 5})
+    with pytest.raises(ValueError, match="corpus was"):
+        label(explainer, texts(41), out=folder, **OPTIONS)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="model was"):
+        label(lxt.load(other, a_tokenizer()), texts(), out=folder, **OPTIONS)
+    with pytest.raises(ValueError, match="rules was"):
+        label(lxt.load(llama(), a_tokenizer(), rules="cp"), texts(), out=folder, **OPTIONS)
+
+
+def test_the_fingerprint_is_of_the_weights():
+    one, other = llama(), llama()
+    assert model_fingerprint(one) == model_fingerprint(other)
+    assert model_fingerprint(one) != model_fingerprint(llama().bfloat16())
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_later(explainer, plain, tmp_path, monkeypatch):
+    written, real = itertools.count(), os.fsync
+
+    def full(descriptor):
+        if next(written) == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device\); make room there .*blocks are kept"):
+        label(explainer, texts(), out=tmp_path, **OPTIONS)
+    monkeypatch.setattr(os, "fsync", real)
+    assert not list(tmp_path.glob(".lxt-*"))
+    assert len(list(tmp_path.glob("block-*"))) >= 3
+    assert_equal(label(explainer, texts(), out=tmp_path, **OPTIONS), plain)
+
+
+def test_two_runs_of_one_folder_are_refused(explainer, tmp_path):
+    held = Folder(tmp_path, {"top": 1})
+    with pytest.raises(OSError, match="another run"):
+        label(explainer, texts(), out=tmp_path, **OPTIONS)
+    held.close()
+
+
+def test_damaged_and_foreign_folders(explainer, plain, tmp_path):
+    with pytest.raises(ValueError, match="holds no results"):
+        lxt.neurons.load(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="no manifest"):
+        lxt.neurons.load(tmp_path)
+    manifest = json.loads((plain.folder.path / "manifest.json").read_bytes())
+    del manifest["counts"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="not finished"):
+        lxt.neurons.load(tmp_path)
+    (tmp_path / "block-00000000.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"block-00000000.safetensors is damaged .*delete it"):
+        label(explainer, texts(), out=tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [3]}, "no layer 3; LlamaForCausalLM has layers 0 to 2"),
+        ({"layers": [-1]}, "no layer -1"),
+        ({"top": 0}, "top must be a whole number >= 1, got 0"),
+        ({"length": 1}, "length must be a whole number >= 2, got 1"),
+        ({"length": 1000}, "the context of LlamaForCausalLM is 64"),
+        ({"length": 2}, "windows of 2 tokens leave 1 beside the 1 special"),
+        ({"latent": "head"}, "unknown latent 'head'; labelled are: neuron"),
+        ({"by": "size"}, "by relevance or activation, not by 'size'"),
+        ({"targets": ["cats and dogs"]}, r"the target 'cats and dogs' is \d+ tokens"),
+        ({"targets": []}, "targets is empty"),
+        ({"layers": []}, "layers is empty"),
+    ],
+)
+def test_wrong_arguments_say_so(explainer, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        label(explainer, texts(2), out=tmp_path / "out", **OPTIONS | options)
+
+
+def test_models_without_next_tokens_are_refused():
+    from transformers import BertForMaskedLM
+
+    with pytest.raises(ValueError, match="predicts no next tokens"):
+        label(lxt.load(bert(BertForMaskedLM), a_tokenizer()), texts(2))
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        label(lxt.load(gpt2()), texts(2))
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite: the weight model\.layers\.1\.mlp\.up_proj\.weight"):
+        label(lxt.load(model, a_tokenizer()), texts(2))
+
+
+def rank(rows, k, sign):
+    """A top of [(score, window, position)], by Python's sort."""
+    rows = sorted((-score * sign, window, place) for score, window, place in rows if score * sign > 0)[:k]
+    rows = [(-score * sign, window, place) for score, window, place in rows]
+    return rows + [(0.0, -1, 0)] * (k - len(rows))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("seed", range(10))
+def test_merging_in_any_order_and_grouping_gives_the_sorted_whole(seed, sign):
+    rng, k = random.Random(seed), 4
+    neurons, windows = 3, 13
+    table = [[(float(rng.randint(-2, 2)), w, rng.randint(0, 9)) for w in range(windows)] for _ in range(neurons)]
+    numbers, tops = list(range(windows)), []
+    rng.shuffle(numbers)
+    while numbers:
+        size = rng.randint(1, 4)
+        part, numbers = sorted(numbers[:size]), numbers[size:]
+        score = torch.tensor([[row[w][0] for row in table] for w in part])
+        place = torch.tensor([[row[w][2] for row in table] for w in part])
+        tops.append(top_of(score, place, part, k, sign))
+    while len(tops) > 1:
+        one, other = (tops.pop(rng.randrange(len(tops))) for _ in range(2))
+        tops.append(merged(one, other, k, sign))
+    assert isinstance(tops[0], Top)
+    for neuron, row in enumerate(table):
+        columns = (tops[0].score, tops[0].window, tops[0].position)
+        assert list(zip(*(column[neuron].tolist() for column in columns), strict=True)) == rank(row, k, sign)
