@@ -69,7 +69,7 @@ class Allocations(TorchDispatchMode):
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         out = _grouped_product(*args, **kwargs) if _is_grouped(func, args) else func(*args, **kwargs)
         if func is aten.topk.default and isinstance(out[1], FakeTensor):
-            out = _in_turn(*out, args[0], args[2] if len(args) > 2 else -1)
+            out = _in_turn(out[0], out[1], args[0], args[2] if len(args) > 2 else -1)
         theirs = {tensor.untyped_storage()._cdata for tensor in given}
         made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
         own = [tensor for tensor in made if tensor.untyped_storage()._cdata not in theirs]

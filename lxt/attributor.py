@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -43,6 +43,7 @@ from lxt.pixels import split_processor
 from lxt.planning import Planner
 from lxt.preconditions import refuse_missing_weights, refuse_virtual_tokens
 from lxt.requesting import Request, request_of, targets_of
+from lxt.steering import Key, Steering
 from lxt.steps import Steps, attribute_steps
 from lxt.targets import Kind, Score, Target, Token
 from lxt.targets import resolve as resolve_targets
@@ -253,6 +254,10 @@ class Attributor:
         with lock_of(self.model):
             found = attribute_steps(self.model, self.tokenizer, source, target, kind, max_new_tokens, self._patch)
         return Steps(**found, model=self.name, rules=self.rules.name, versions=versions())
+
+    def steer(self, interventions: Mapping[Key, Any]) -> Steering:
+        """With some activations set or changed, inside `with`; see `lxt.steering` for what and how."""
+        return Steering(self.model, self._map(), interventions)
 
     def _attribute(self, request: Request) -> Attribution:
         request = self._planner().fitted(request)

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -36,6 +37,11 @@ class Count:
 
     positions: Tensor
     prompt: Tensor | None
+
+    @cached_property
+    def longest(self) -> int:
+        """How many tokens the longest row has had by now."""
+        return int(self.positions.max()) + 1
 
 
 class Counter:
@@ -114,7 +120,8 @@ class Counter:
         count = self._open.pop()
         node = next((tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None), None)
         if count is not None and node is not None:
-            node.metadata.setdefault(__name__, []).append(count)  # lives as long as the graph
+            kept: Any = node.metadata  # lives as long as the graph
+            kept.setdefault(__name__, []).append(count)
             self._of_graphs.add(count)
 
     def _prompt_of(self, positions: Tensor, given: Mapping[str, Any]) -> Tensor | None:

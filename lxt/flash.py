@@ -61,6 +61,8 @@ def applies(
         return False
     if not (len(query) == len(key) == len(value) and key.shape[1] == value.shape[1]):
         return False
+    if mask is not None and mask.shape[-1] != key.shape[-2]:
+        return False
     if query.numel() * key.shape[-2] < (LEAST_FOR_VALUE if for_value else LEAST_FOR_ALL):
         return False
     operands = query, key, value, mask, 0.0, is_causal

@@ -138,7 +138,7 @@ class RuleMode(TorchFunctionMode):
         if name in DROPOUTS or name == "scaled_dot_product_attention":
             self._random.add(func)
         handler = self._handler(func, name)
-        self._resolved[func] = handler, handler is self._named.get(name) and name not in DROPOUTS
+        self._resolved[func] = handler, handler is self._named.get(name) and func not in self._random
         return self._resolved[func]
 
     def _handler(self, func: Callable, name: str) -> Handler:

@@ -105,7 +105,8 @@ SOLVES = _names("linalg_solve linalg_solve_ex linalg_solve_triangular")  # (matr
 POWERS = _names("pow __pow__ float_power")
 SOFTMAX = _names("softmax special_softmax _softmax")
 DROPOUTS = _names(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout"
+    "dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_ feature_dropout feature_dropout_ "
+    "feature_alpha_dropout feature_alpha_dropout_ native_dropout"
 )
 SCALAR_SUMS = _names("add __add__ __radd__ sub subtract __sub__ rsub __rsub__")
 

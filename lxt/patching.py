@@ -39,7 +39,7 @@ from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names, refuse_what_has_no_rule
 from lxt.recurrences import recurrent_forward
-from lxt.swapping import swap_class_forward, swap_forward
+from lxt.swapping import has_class_forward, swap_class_forward, swap_forward
 
 __all__ = ["ModeFactory", "PatchHandle", "monkey_patch", "patch_model", "rules_of"]
 
@@ -238,7 +238,9 @@ class _ModelPatch(_Patch):
             self.fused[f"{name} as declared"] = self.fused.get(f"{name} as declared", 0) + 1
             self._let_enter(module, is_target)
             return
-        factory = (self._map.forwards.get(name) if _is_own(module) else None) or fence_for(module)
+        factory = self._map.forwards.get(name) if _is_own(module) else None
+        if factory is None and has_class_forward(module):
+            factory = fence_for(module)
         forward = factory(module, self.composite) if factory else None
         if forward is None and self._rewire and uses_interface(module):
             forward = rewired_forward(module, self.composite)
@@ -449,12 +451,7 @@ def _release(target: nn.Module) -> None:
 
 def _is_own(module: nn.Module) -> bool:
     """Whether the forward is its class's own: one that a user or a kernel library put there is left to the mode."""
-    cls, own = type(module), module.__dict__
-    forward = own.get("_old_forward", own.get("forward"))  # accelerate keeps, and leaves, the class's own there
-    function = getattr(forward, "__func__", None)
-    # a deep copy of a patched module carries lxt's forward, which hands on to `of_copies`
-    is_class_own = forward is None or getattr(function, "of_copies", function) is cls.forward
-    return is_class_own and cls.forward.__module__ == cls.__module__
+    return has_class_forward(module) and type(module).forward.__module__ == type(module).__module__
 
 
 def _is_entry(module: nn.Module) -> bool:

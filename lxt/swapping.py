@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ForwardMaker", "swap_class_forward", "swap_forward"]
+__all__ = ["ForwardMaker", "has_class_forward", "swap_class_forward", "swap_forward"]
 
 _ABSENT = object()
 
@@ -26,7 +26,7 @@ def swap_forward(module: nn.Module, make: ForwardMaker) -> Callable[[], None]:
     """
     own = module.__dict__
     slot = "_old_forward" if "_old_forward" in own else "forward"
-    previous = own.get(slot, _ABSENT)
+    previous, on_class = own.get(slot, _ABSENT), has_class_forward(module)
 
     def call_previous(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs) if previous is _ABSENT else previous(*args, **kwargs)
@@ -41,6 +41,7 @@ def swap_forward(module: nn.Module, make: ForwardMaker) -> Callable[[], None]:
         return (made if self is home() else of_copies)(self, *args, **kwargs)
 
     forward.of_copies = of_copies  # type: ignore[attr-defined]
+    forward.on_class = on_class  # type: ignore[attr-defined]
     replacement = MethodType(forward, module)
     own[slot] = replacement
 
@@ -56,6 +57,14 @@ def swap_forward(module: nn.Module, make: ForwardMaker) -> Callable[[], None]:
                 own[slot] = MethodType(type(module).forward, module)
 
     return restore
+
+
+def has_class_forward(module: nn.Module) -> bool:
+    """Whether below our forwards, and accelerate's, an instance has its class's and nobody else's."""
+    own = module.__dict__
+    forward = own.get("_old_forward", own.get("forward"))
+    function = getattr(forward, "__func__", forward)
+    return forward is None or function is type(module).forward or getattr(function, "on_class", False)
 
 
 def swap_class_forward(cls: type[nn.Module], make: ForwardMaker, name: str = "forward") -> Callable[[], None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lxt.composites import Composite
 from lxt.mode import unwatched
-from lxt.patches._forwards import bare, coefficient_of, hooked, is_fusable
+from lxt.patches._forwards import bare, coefficient_of, is_fusable, is_watched
 from lxt.rules import gated_product
 
 __all__ = ["gated_experts", "has_gated_experts"]
@@ -23,18 +23,19 @@ def has_gated_experts(module: nn.Module) -> bool:
 
 def gated_experts(module: Any, composite: Composite) -> Callable | None:
     """The module's own forward in whatever implementation, with a fused gate; eager ones write theirs out."""
-    coefficient = coefficient_of(module.act_fn)
-    if coefficient is None or not is_fusable(composite):
+    if coefficient_of(module.act_fn) is None or not is_fusable(composite):
         return None
 
     def gate(experts: Any, gate_up: Tensor) -> Tensor:
+        coefficient = coefficient_of(experts.act_fn)
+        if coefficient is None or is_watched(experts.act_fn):
+            return experts._apply_gate(gate_up)
         first, up = gate_up.chunk(2, dim=-1)
         stop_gate = composite.product == "stop_gate"
         return unwatched(gated_product, first, up, bare(experts.act_fn), coefficient, stop_gate)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        experts = self if hooked(self.act_fn) else _WithGate(self, gate)
-        return type(self).forward(experts, *args, **kwargs)
+        return type(self).forward(_WithGate(self, gate), *args, **kwargs)
 
     return forward
 

@@ -11,6 +11,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lxt.coefficients import COEFFICIENTS, Coefficient, clipped_gelu
 from lxt.composites import Composite
@@ -19,6 +20,7 @@ from lxt.marks import mark
 from lxt.mode import current_mode, plain_gradient, unwatched
 from lxt.patchmap import ForwardFactory
 from lxt.rules import NormStyle, gated_product, identity, rms_norm
+from lxt.swapping import has_class_forward
 
 __all__ = [
     "activation_fence",
@@ -26,8 +28,8 @@ __all__ = [
     "coefficient_of",
     "fused_gate_up_mlp",
     "gated_mlp",
-    "hooked",
     "is_fusable",
+    "is_watched",
     "rebound",
     "rms_norm_forward",
     "with_names",
@@ -65,12 +67,12 @@ def gated_mlp(
     """down(act(gate(x)) * up(x)), by the names of the submodules."""
 
     def factory(module: nn.Module, composite: Composite) -> Callable | None:
-        coefficient = coefficient_of(getattr(module, act))
-        if coefficient is None or not is_fusable(composite):
+        if coefficient_of(getattr(module, act)) is None or not is_fusable(composite):
             return None
 
         def forward(self: Any, x: Tensor) -> Tensor:
-            if hooked(getattr(self, act)):
+            coefficient = coefficient_of(getattr(self, act))
+            if coefficient is None or is_watched(getattr(self, act)):
                 return type(self).forward(self, x)
             activation = bare(getattr(self, act))
             stop_gate = composite.product == "stop_gate"
@@ -84,12 +86,12 @@ def gated_mlp(
 
 def fused_gate_up_mlp(module: Any, composite: Composite) -> Callable | None:
     """down_proj(up * activation_fn(gate)) with gate and up the two halves of gate_up_proj (Phi-3)."""
-    coefficient = coefficient_of(module.activation_fn)
-    if coefficient is None or not is_fusable(composite):
+    if coefficient_of(module.activation_fn) is None or not is_fusable(composite):
         return None
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if hooked(self.activation_fn):
+        coefficient = coefficient_of(self.activation_fn)
+        if coefficient is None or is_watched(self.activation_fn):
             return type(self).forward(self, hidden_states)
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         stop_gate = composite.product == "stop_gate"
@@ -143,9 +145,10 @@ def activation_fence(module: nn.Module, composite: Composite) -> Callable | None
     return forward
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody reads or replaces the activation, which a fused product never shows."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def is_watched(module: nn.Module) -> bool:
+    """Whether the module has to be called, since a hook or a forward of somebody else's is on it."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or _has_any_global_hook() or not has_class_forward(module)
 
 
 def is_fusable(composite: Composite) -> bool:
@@ -158,7 +161,9 @@ def bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def coefficient_of(module: Any) -> Coefficient | None:
-    """f(x) / x of a known activation module, None of others."""
+    """f(x) / x of a known activation module, None of others and of those that write into their input."""
+    if getattr(module, "inplace", False) or not type(module).forward.__module__.startswith(("torch.", "transformers.")):
+        return None
     if isinstance(module, nn.GELU):
         return COEFFICIENTS["gelu_tanh" if module.approximate == "tanh" else "gelu"]
     name = type(module).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,11 @@ def _is_half_turn(apply: Callable, size: int) -> bool:
 
     It is tried, since modeling files write it in several ways, and some turn neighbours instead.
     """
-    q, k = torch.linspace(-2, 2, 64).view(1, 2, 4, 8), torch.linspace(3, -1, 32).view(1, 1, 4, 8)
-    angles = torch.linspace(0.1, 3, 4 * size).view(1, 4, size)
+
+    def numbers(first: float, last: float, *shape: int) -> Tensor:
+        return torch.linspace(first, last, math.prod(shape), device="cpu", dtype=torch.float32).view(shape)
+
+    q, k, angles = numbers(-2, 2, 1, 2, 4, 8), numbers(3, -1, 1, 1, 4, 8), numbers(0.1, 3, 1, 4, size)
     cos, sin = angles.cos(), angles.sin()
     try:
         with torch.no_grad():

@@ -24,13 +24,13 @@ BENCH = Path(__file__).parent / "bench" / "forecast.py"
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen3_moe"])
 @pytest.mark.parametrize("checkpoint", ["off", "nested"])
 def test_within_15_percent_of_the_measured_peak(name, checkpoint):
-    # Beside the tensors some 10 MiB go to code that is loaded, threads and small blocks: they count as error here, so
-    # the model is large enough for them to be a small part.
-    argv = ["--one", f"{name}:1536:{checkpoint}", "--layers", "4"]
+    # Beside the tensors, code that is loaded, threads and small blocks take some 10 MiB, more or less of them: as much
+    # is allowed for, so that the 15 % are the tensors' own.
+    argv = ["--one", f"{name}:2048:{checkpoint}", "--layers", "4"]
     done = subprocess.run([sys.executable, str(BENCH), *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["forecast"] == pytest.approx(found["measured"], rel=0.15)
+    assert 0.85 * (found["measured"] - 12 * 2**20) < found["forecast"] < 1.15 * found["measured"]
 
 
 def saved_by(model, tokens):

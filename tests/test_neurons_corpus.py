@@ -8,7 +8,7 @@ import pytest
 from small import a_tokenizer
 
 from lxt.neurons.corpus import BadRow, Corpus
-from lxt.neurons.windows import Counts, blocks, windows
+from lxt.neurons.windows import Counts, Reading, windows
 
 
 def read(corpus):
@@ -173,10 +173,14 @@ def test_documents_that_predict_nothing_are_counted():
 
 
 def test_blocks_are_numbered_and_full_but_the_last():
-    found = windows(Corpus(["cats and dogs"] * 7), a_tokenizer(), 30, Counts())
-    dealt = list(blocks(found, 3))
-    assert [block.number for block in dealt] == [0, 1, 2]
-    assert [len(block.windows) for block in dealt] == [3, 3, 1]
+    reading = Reading(Corpus(["cats and dogs"] * 7), a_tokenizer(), 30, 3)
+    for _ in range(2):
+        dealt = list(reading)
+        assert [block.number for block in dealt] == [0, 1, 2]
+        assert [len(block.windows) for block in dealt] == [3, 3, 1]
+    reading.done = frozenset({0, 2})
+    assert list(reading) == [dealt[1]]
+    assert reading.counts == {"documents": 7, "cut": 0, "too_short": 0, "windows": 7, "bad": 0, "first_bad": []}
 
 
 def test_documents_are_read_one_at_a_time(tmp_path):

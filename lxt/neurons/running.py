@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from lxt.neurons.results import Detect, Explain, Neurons
 from lxt.neurons.scoring import Scorer
 from lxt.neurons.storing import Folder
 from lxt.neurons.tally import Tally
-from lxt.neurons.windows import Block, Counts, blocks, windows
+from lxt.neurons.windows import Block, Reading
 
 __all__ = ["Compute", "label", "model_fingerprint"]
 
-Compute = Callable[[Callable[[Block], Tally], Iterator[Block]], Iterable[tuple[int, Tally]]]
-"""(function of a block, blocks) -> (number of a block, its tally), in any order."""
+Compute = Callable[[Callable[[Block], Tally], Reading], Iterable[tuple[int, Tally]]]
+"""(function of a block, blocks) -> (number of a block, its tally), in any order; `counts` of the blocks are filled."""
 
 _LENGTH = 512  # tokens of a window where the model has room for more: what is kept of a batch grows with it
 _FOLD = 16  # blocks: the tally is read and written once for so many
@@ -122,7 +121,7 @@ def label(
     return found
 
 
-def in_process(function: Callable[[Block], Tally], todo: Iterator[Block]) -> Iterator[tuple[int, Tally]]:
+def in_process(function: Callable[[Block], Tally], todo: Reading) -> Iterator[tuple[int, Tally]]:
     """One block after the other."""
     for block in todo:
         yield block.number, function(block)
@@ -137,16 +136,18 @@ def _run(
     compute: Compute,
     progress: Callable[[int], None],
 ) -> None:
-    counts, done = Counts(), folder.done()
-    found = blocks(windows(corpus, scorer.explainer.tokenizer, length, counts), size)
-    for number, tally in compute(scorer, (block for block in found if block.number not in done)):
+    reading = Reading(corpus, scorer.explainer.tokenizer, length, size, frozenset(folder.done()))
+    for number, tally in compute(scorer, reading):
         folder.add(number, tally)
         folder.fold(_FOLD)
         progress(number)
-    if not counts.windows:
+    counts = reading.counts
+    if counts is None:
+        raise RuntimeError("the blocks were not computed to the end; run again with the same arguments")
+    if not counts["windows"]:
         raise ValueError("no document of the corpus has two tokens, so there is nothing to predict; give longer ones")
     folder.fold()
-    folder.finish(asdict(counts) | {"bad": corpus.bad, "first_bad": corpus.first_bad})
+    folder.finish(counts)
 
 
 def model_fingerprint(model: Any) -> str:

@@ -8,13 +8,13 @@ tokenizer and settings alone, so a block can be computed anywhere and again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 from lxt.neurons.corpus import Corpus
 
-__all__ = ["Block", "Counts", "Window", "blocks", "windows"]
+__all__ = ["Block", "Counts", "Reading", "Window", "windows"]
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,31 @@ def windows(corpus: Corpus, tokenizer: Any, length: int, counts: Counts) -> Iter
             counts.windows += 1
 
 
-def blocks(found: Iterator[Window], size: int) -> Iterator[Block]:
-    """The windows in blocks of `size`; the last may be smaller."""
-    number = 0
-    while part := tuple(islice(found, size)):
-        yield Block(number, part)
-        number += 1
+@dataclass
+class Reading:
+    """The blocks of a corpus that are still to be computed; may be iterated again, also in another process.
+
+    Attributes:
+        corpus: the documents.
+        tokenizer: the model's.
+        length: tokens of a window.
+        size: windows of a block; the last may have fewer.
+        done: the numbers of blocks to leave out.
+        counts: what was read, when it was read to the end.
+    """
+
+    corpus: Corpus
+    tokenizer: Any
+    length: int
+    size: int
+    done: frozenset[int] = frozenset()
+    counts: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Block]:
+        counts, self.counts = Counts(), None
+        found, number = windows(self.corpus, self.tokenizer, self.length, counts), 0
+        while part := tuple(islice(found, self.size)):
+            if number not in self.done:
+                yield Block(number, part)
+            number += 1
+        self.counts = asdict(counts) | {"bad": self.corpus.bad, "first_bad": self.corpus.first_bad}

@@ -1,0 +1,102 @@
+"""Blocks computed by Ray Data: the corpus is read by one task, blocks by a pool of actors, on one machine or many.
+
+    one read task:  blocks, pickled  →  actors: Scorer, as in one process  →  here: written and folded, in any order
+
+A block depends on nothing else, so Ray may compute it again wherever it likes when a worker or a node is lost; what
+comes twice is the same. What arrived here is on disk before the next is taken, so when this process is killed, each
+worker's block at hand is lost and nothing else. Workers use as many threads as this process does, for the last bit.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lxt.neurons.running import Compute
+from lxt.neurons.tally import Tally
+from lxt.neurons.windows import Block, Reading
+
+__all__ = ["on_ray"]
+
+_COUNTS = -1  # in place of a block's number: the row says what was read
+
+
+def on_ray(address: str = "local", workers: int | None = None) -> Compute:
+    """For `label(..., compute=on_ray("auto"))`.
+
+    Args:
+        address: "local" starts Ray on this machine, "auto" finds the cluster that this machine belongs to, and
+            "ray://host:port" or "host:port" another. All nodes need lxt and, where the corpus is a file, that file.
+        workers: how many; None is as many as the cluster has GPUs (if the model is on one), or else has CPUs for.
+
+    Raises:
+        ImportError: Ray isn't installed.
+    """
+    try:
+        import ray  # type: ignore[import-not-found]
+        import ray.data  # type: ignore[import-not-found]
+    except ImportError:
+        raise ImportError("computing on Ray needs it installed: pip install 'lxt[ray]'") from None
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise ValueError(f"workers must be a whole number >= 1 or None, got {workers!r}")
+
+    def compute(function: Callable[[Block], Tally], reading: Reading) -> Iterator[tuple[int, Tally]]:
+        from safetensors.torch import load
+
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        try:
+            for row in _rows(ray, function, reading, workers):
+                if row["number"] == _COUNTS:
+                    reading.counts = pickle.loads(row["tally"])
+                else:
+                    yield row["number"], Tally.of(load(row["tally"]))
+        finally:
+            if started:
+                ray.shutdown()
+
+    return compute
+
+
+def _rows(ray: Any, function: Any, reading: Reading, workers: int | None) -> Iterator[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    on_gpu = next(function.explainer.model.parameters()).is_cuda
+    has = ray.cluster_resources()
+    count = workers or max(int(has.get("GPU", 0) if on_gpu else has.get("CPU", 1) // threads), 1)
+    share = {"num_gpus": 1.0, "num_cpus": 0.0} if on_gpu else {"num_cpus": min(threads, has.get("CPU", 1) / count)}
+    source = ray.data.from_items([{"start": 0}])
+    source.context.target_max_block_size = 1  # each row a block of Ray's: it goes to a worker as soon as it is read
+    source.context.enable_progress_bars = False
+
+    def read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for block in reading:
+            yield {"number": [block.number], "block": [pickle.dumps(block)]}
+        yield {"number": [_COUNTS], "block": [pickle.dumps(reading.counts)]}
+
+    # A task that asks for nothing is not fused with the workers, and finds a place when these take all there is.
+    rows = source.map_batches(read, batch_size=1, num_cpus=0).map_batches(
+        _Worker, batch_size=1, concurrency=count, fn_constructor_args=(ray.put(function), threads), **share
+    )
+    yield from rows.iter_rows()
+
+
+class _Worker:
+    """An actor that computes blocks."""
+
+    def __init__(self, function: Any, threads: int) -> None:
+        import ray  # type: ignore[import-not-found]
+
+        torch.set_num_threads(threads)
+        self.function = ray.get(function)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from safetensors.torch import save
+
+        number, block = int(batch["number"][0]), bytes(batch["block"][0])
+        if number == _COUNTS:
+            return {"number": [number], "tally": [block]}
+        return {"number": [number], "tally": [save(self.function(pickle.loads(block)).tensors())]}
