@@ -141,6 +141,8 @@ def label(
     column: Annotated[str, typer.Option(help="the field or column of jsonl and parquet with the text")] = "text",
     unit: Annotated[str, typer.Option(help="what a document is in text files: line, paragraph or file")] = "line",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="count rows that can't be read, and go on")] = False,
+    ray: Annotated[str | None, typer.Option(help="compute on Ray: local, auto (this cluster) or an address")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="how many on Ray; default: what there is room for")] = None,
     rules: Rules = "attnlrp",
     device: Device = None,
     dtype: Dtype = None,
@@ -148,13 +150,14 @@ def label(
 ) -> None:
     """Find the places of a corpus where each neuron matters most, and name the neurons by them."""
     from lxt.composites import resolve
-    from lxt.neurons.command import labelled, numbers, reader
+    from lxt.neurons.command import labelled, numbers, reader, where
 
-    composite, wanted = resolve(rules), numbers(layers)  # before anything is downloaded
+    # before anything is downloaded
+    composite, wanted, compute = resolve(rules), numbers(layers), where(ray, workers)
     with _silent_libraries(model):
         explainer = lxt.load(model, rules=composite, device=device, dtype=dtype)
         documents = reader(corpus, column, unit, skip_bad)
-        labelled(explainer, documents, latent, wanted, by, top, out, target, length, batch_size, block_size)
+        labelled(explainer, documents, latent, wanted, by, top, out, target, length, batch_size, block_size, compute)
 
 
 @app.command()

@@ -9,9 +9,9 @@ from pathlib import Path
 from lxt.attributor import Attributor
 from lxt.neurons.corpus import Corpus
 from lxt.neurons.results import Neurons
-from lxt.neurons.running import label
+from lxt.neurons.running import Compute, label
 
-__all__ = ["labelled", "numbers", "reader"]
+__all__ = ["labelled", "numbers", "reader", "where"]
 
 _PRINTED = 5
 
@@ -40,6 +40,22 @@ def reader(source: str, column: str, unit: str, skip_bad: bool) -> Corpus:
     return Corpus(source, column, unit, skip_bad)  # type: ignore[arg-type]  # checked there, as all that is typed
 
 
+def where(ray: str | None, workers: int | None) -> Compute | None:
+    """Where blocks are computed.
+
+    Raises:
+        ValueError: a number of workers without Ray.
+        ImportError: Ray isn't installed.
+    """
+    if ray is None:
+        if workers is not None:
+            raise ValueError("--workers is how many compute on Ray; give --ray local, --ray auto or an address, too")
+        return None
+    from lxt.neurons.on_ray import on_ray
+
+    return on_ray(ray, workers)
+
+
 def labelled(
     explainer: Attributor,
     corpus: Corpus,
@@ -52,6 +68,7 @@ def labelled(
     length: int | None,
     batch_size: int,
     block_size: int,
+    compute: Compute | None = None,
 ) -> Neurons:
     """Label, say how it goes on stderr, and print each layer's best neurons."""
     from rich.console import Console
@@ -74,6 +91,7 @@ def labelled(
             length,
             batch_size,
             block_size,
+            compute=compute,
             progress=lambda block: progress.advance(bar),
         )
     table = Table("layer", "neuron", "name", "AUROC", f"highest {by}")

@@ -3,8 +3,9 @@
     one read task:  blocks, pickled  →  actors: Scorer, as in one process  →  here: written and folded, in any order
 
 A block depends on nothing else, so Ray may compute it again wherever it likes when a worker or a node is lost; what
-comes twice is the same. What arrived here is on disk before the next is taken, so when this process is killed, each
-worker's block at hand is lost and nothing else. Workers use as many threads as this process does, for the last bit.
+comes twice is the same. What arrives here is on disk before the next is taken; when this process is killed, the blocks
+that the workers have at hand are lost, and those on their way here. Workers use as many threads as this process does,
+since the last bits of a matrix product depend on it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def on_ray(address: str = "local", workers: int | None = None) -> Compute:
 
         started = not ray.is_initialized()
         if started:
-            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+            ray.init(address=address, log_to_driver=False)
         try:
             for row in _rows(ray, function, reading, workers):
                 if row["number"] == _COUNTS:
@@ -77,9 +78,15 @@ def _rows(ray: Any, function: Any, reading: Reading, workers: int | None) -> Ite
             yield {"number": [block.number], "block": [pickle.dumps(block)]}
         yield {"number": [_COUNTS], "block": [pickle.dumps(reading.counts)]}
 
+    shared = ray.put(function)  # held here until the end: workers that start anew fetch it again
+
     # A task that asks for nothing is not fused with the workers, and finds a place when these take all there is.
     rows = source.map_batches(read, batch_size=1, num_cpus=0).map_batches(
-        _Worker, batch_size=1, concurrency=count, fn_constructor_args=(ray.put(function), threads), **share
+        _Worker,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=count),
+        fn_constructor_args=(shared, threads),
+        **share,
     )
     yield from rows.iter_rows()
 

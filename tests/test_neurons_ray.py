@@ -1,0 +1,138 @@
+"""Blocks on Ray: equal to the last bit to one process, whoever is killed meanwhile. Runs where Ray is installed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small import a_tokenizer, llama
+
+import lxt
+from lxt.neurons.on_ray import on_ray
+from lxt.neurons.running import label
+
+WORKERS = 2
+TEXTS = [f"I have {number} cats and {number % 7} dogs. My cats love to play" for number in range(48)]
+OPTIONS = {"top": 4, "length": 24, "batch_size": 3, "block_size": 4, "layers": [0, 2]}
+BLOCKS = 12
+
+SCRIPT = """
+import os, sys, time
+import ray, torch
+sys.path[:0] = {paths!r}
+from test_neurons_ray import OPTIONS, TEXTS, WORKERS, a_tokenizer, llama, lxt
+from lxt.neurons.on_ray import on_ray
+from lxt.neurons.running import label
+
+class Logged:
+    def __init__(self, function):
+        self.function, self.explainer = function, function.explainer
+
+    def __call__(self, block):
+        with open({log!r}, "a") as log:
+            log.write(f"{{block.number}} {{os.getpid()}}\\n")
+        time.sleep(0.4)
+        return self.function(block)
+
+torch.set_num_threads(1)
+ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, object_store_memory=200 * 2**20)
+on = on_ray("local", WORKERS)
+label(
+    lxt.load(llama(), a_tokenizer()),
+    TEXTS,
+    out={out!r},
+    compute=lambda function, reading: on(Logged(function), reading),
+    **OPTIONS,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def plain():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield label(lxt.load(llama(), a_tokenizer()), TEXTS, **OPTIONS)
+    torch.set_num_threads(threads)
+
+
+class Run:
+    """The script in a process of its own."""
+
+    def __init__(self, folder: Path):
+        pytest.importorskip("ray")
+        tests = Path(__file__).parent
+        self.out, self.log, self.file = folder / "out", folder / "log", folder / "run.py"
+        self.log.touch()
+        self.file.write_text(
+            SCRIPT.format(paths=[str(tests), str(tests.parent)], log=str(self.log), out=str(self.out))
+        )
+        self.environment = os.environ | {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
+
+    def start(self):
+        return subprocess.Popen([sys.executable, self.file], env=self.environment, stderr=subprocess.DEVNULL)
+
+    def computed(self):
+        return [tuple(map(int, line.split())) for line in self.log.read_text().splitlines()]
+
+    def wait_for(self, process, blocks):
+        end = time.time() + 120
+        while process.poll() is None and len(self.computed()) < blocks and time.time() < end:
+            time.sleep(0.02)
+        return self.computed()
+
+
+def assert_equal(out, plain):
+    found, expected = lxt.neurons.load(out).tally.tensors(), plain.tally.tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_killed_workers_change_nothing(plain, tmp_path):
+    run = Run(tmp_path)
+    process = run.start()
+    killed = []
+    for blocks in (3, 7):
+        number, worker = run.wait_for(process, blocks)[-1]
+        os.kill(worker, signal.SIGKILL)
+        killed.append((number, worker))
+    assert process.wait(180) == 0
+    assert_equal(run.out, plain)
+    computed = [number for number, _ in run.computed()]
+    assert set(computed) == set(range(BLOCKS))
+    assert len(computed) <= BLOCKS + len(killed)
+    assert len({worker for _, worker in run.computed()}) > WORKERS  # others took their places
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on(plain, tmp_path):
+    run = Run(tmp_path)
+    process = run.start()
+    run.wait_for(process, 6)
+    process.kill()
+    process.wait()
+    time.sleep(5)  # Ray notices, and ends the workers
+    started = len(run.computed())
+    process = run.start()
+    assert process.wait(180) == 0
+    assert_equal(run.out, plain)
+    again = [number for number, _ in run.computed()]
+    assert set(again) == set(range(BLOCKS))
+    assert started < BLOCKS
+    assert len(again) <= BLOCKS + 2 * WORKERS  # at hand, and on their way
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'lxt\[ray\]'"):
+        on_ray()
+
+
+def test_a_number_of_workers_is_checked():
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match="workers must be a whole number >= 1 or None, got 0"):
+        on_ray(workers=0)
