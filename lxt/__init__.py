@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lxt import audit, neurons
+    from lxt import audit, neurons, steering
     from lxt.attribution import Attribution
     from lxt.attributor import Attributor, load
     from lxt.composites import ATTN_LRP, CP_LRP, GRADIENT, Composite, Epsilon, Gamma
@@ -47,6 +47,7 @@ __all__ = [
     "monkey_patch",
     "neurons",
     "similarity",
+    "steering",
 ]
 
 __version__ = "3.0.0.dev0"
@@ -74,7 +75,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name in ("audit", "neurons"):
+    if name in ("audit", "neurons", "steering"):
         return import_module(f"lxt.{name}")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)

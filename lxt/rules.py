@@ -100,6 +100,9 @@ def rms_norm_function(
     return identity(x, lambda x: F.rms_norm(x, shape, weight, eps), coefficient)
 
 
+BLOCK = 2**17  # numbers that the gated product takes back at once: these and what they become fit the cache
+
+
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -122,10 +125,17 @@ class _GatedProduct(torch.autograd.Function):
             (activated,) = ctx.saved_tensors
             return None, c_y * activated, None, None, None
         gate, up = ctx.saved_tensors
-        x = gate.to(wide(gate.dtype))
-        half = ctx.coefficient(x).mul_(0.5)
-        # f(x) is f(x)/x times x, for which nothing is computed twice; c_y last, so that a large up times 0 is 0
-        return (half * up).mul_(c_y).to(gate.dtype), half.mul_(x).mul_(c_y).to(up.dtype), None, None, None
+        c_gate, c_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+        # In blocks, as the wide numbers of 16-bit ones would else take more memory than all that was saved.
+        rows = max(1, BLOCK // max(gate.shape[-1], 1)) if gate.dim() else 1
+        operands = (x.flatten(0, -2).split(rows) if x.dim() > 1 else (x,) for x in (c_y, gate, up, c_gate, c_up))
+        for c, x, factor, to_gate, to_up in zip(*operands, strict=True):
+            x = x.to(wide(x.dtype))
+            half = ctx.coefficient(x).mul_(0.5)
+            # f(x) is f(x)/x times x, for which nothing is computed twice; c last, so that a large factor times 0 is 0
+            to_gate.copy_((half * factor).mul_(c))
+            to_up.copy_(half.mul_(x).mul_(c))
+        return c_gate, c_up, None, None, None
 
 
 def gated_product(
@@ -149,6 +159,8 @@ def gated_product(
     if fused and (name := form(coefficient)):
         return fused(gate, up, activation, name, stop_gate)
     coefficient = COEFFICIENTS[coefficient] if isinstance(coefficient, str) else coefficient
+    if gate.shape != up.shape:
+        gate, up = torch.broadcast_tensors(gate, up)
     return _GatedProduct.apply(gate, up, activation, coefficient, stop_gate)
 
 

@@ -140,13 +140,17 @@ def test_one_input_may_be_a_constant(name):
 @pytest.mark.parametrize("style", STYLES)
 def test_a_stream_kept_in_float32(style):
     x, residual, weight = torch.randn(3, 7).bfloat16(), torch.randn(3, 7), torch.randn(7).bfloat16()
-    (normed, summed), (c_x, c_residual), _ = coefficients(
+    (normed, summed), (c_x, c_residual), sent = coefficients(
         lambda x, r: add_rms_norm(x, r, weight, EPS, style), x, residual
     )
     assert summed.dtype == torch.float32
     assert torch.equal(normed, rms_norm(residual + x, weight, EPS, style))
-    assert c_residual.dtype == torch.float32
     assert torch.equal(c_x, c_residual.bfloat16())
+    assert not torch.equal(c_residual, c_residual.bfloat16().float())
+    stream = residual.requires_grad_()
+    summed = stream + x
+    (apart,) = torch.autograd.grad((rms_norm(summed, weight, EPS, style), summed), stream, sent)
+    assert torch.equal(c_residual, apart)
 
 
 def test_the_sum_may_be_written_into():

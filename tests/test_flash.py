@@ -148,12 +148,66 @@ def test_under_cp_neither_value_nor_output_is_saved() -> None:
         "an empty batch": lambda q, k, v: (q[:0], k[:0], v[:0], None),
         "a tensor of another class": lambda q, k, v: (torch.nn.Parameter(q.detach()), k, v, None),
         "on the meta device": lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta"), None),
+        "a mask that broadcasts over keys": lambda q, k, v: (q, k, v, torch.zeros(1, 1, 10, 1)),
     }.items(),
 )
-def test_everything_else_is_left_to_torch(what: str, change) -> None:
+def test_everything_else_is_left_to_torch(what: str, change, monkeypatch) -> None:
     (q, k, v), *_ = operands("one tile", torch.float32)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **options: flash._FLASH)  # another torch might
     assert flash.applies(q, k, v)
     assert not flash.applies(*change(q, k, v))
+
+
+@pytest.mark.parametrize("rules", [lxt.ATTN_LRP, lxt.CP_LRP], ids=lambda rules: rules.name)
+def test_a_mask_that_broadcasts_over_more_keys_than_a_tile_has(rules: lxt.Composite) -> None:
+    (q, k, v), *_, c_out = operands("added mask", torch.float64)
+    found = []
+    for mask in (torch.zeros(1, 1, 65, 1, dtype=q.dtype), torch.zeros(1, 1, 65, 600, dtype=q.dtype)):
+        out = scaled_dot_product_attention(rules, q, k, v, mask, enable_gqa=True)
+        found.append(torch.autograd.grad(out, v if rules is lxt.CP_LRP else (q, k, v), c_out))
+    for c, truth in zip(*found, strict=True):
+        torch.testing.assert_close(c, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ["ragged tiles", "two tiles of columns", "added mask"])
+def test_in_16_bits_it_errs_no_more_than_torch(shape: str, dtype: torch.dtype) -> None:
+    (q, k, v), mask, causal, c_out = operands(shape, dtype)
+    expected = equations(q, k, v, mask, causal, c_out)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    ours = flash.attention(q, k, v, mask, causal)
+    for c, other, truth in zip(
+        *(torch.autograd.grad(out, (q, k, v), c_out) for out in (ours, theirs)), expected, strict=True
+    ):
+        assert error(c, truth) < 1.2 * error(other, truth)  # 0.6 to 1.05 with torch 2.13
+
+
+# What of query, key and value depends on the input -> its factors where the rule's are (0.1, 0.2, 0.7): a constant's
+# goes to its partner, q to k and v to both.
+FACTORS = {
+    "qkv": {"q": 0.1, "k": 0.2, "v": 0.7},
+    "qk": {"q": 1 / 3, "k": 2 / 3},
+    "qv": {"q": 0.3, "v": 0.7},
+    "kv": {"k": 0.3, "v": 0.7},
+    "q": {"q": 1.0},
+    "k": {"k": 1.0},
+    "v": {"v": 1.0},
+}
+
+
+@pytest.mark.parametrize("tokens", ["many", "few"])
+@pytest.mark.parametrize("which", FACTORS)
+def test_a_constants_share_is_its_partners(which: str, tokens: str, monkeypatch) -> None:
+    if tokens == "few":
+        monkeypatch.setattr(flash, "LEAST_FOR_ALL", 2**60)
+    (q, k, v), _, causal, c_out = operands("ragged tiles", torch.float64)
+    given = {name: x if name in which else x.detach() for name, x in (("q", q), ("k", k), ("v", v))}
+    rules = lxt.ATTN_LRP.but(qkv=(0.1, 0.2, 0.7))
+    out = scaled_dot_product_attention(rules, *given.values(), is_causal=causal, enable_gqa=True)
+    found = torch.autograd.grad(out, [given[name] for name in which], c_out)
+    plain = dict(zip("qkv", equations(q, k, v, None, causal, c_out), strict=True))
+    for name, c in zip(which, found, strict=True):
+        torch.testing.assert_close(c, plain[name] * FACTORS[which][name], rtol=1e-11, atol=1e-12)
 
 
 def test_autocast_is_left_to_torch() -> None:

@@ -14,7 +14,7 @@ from equations import Float64
 from models import build as example
 from models import checkpointed
 from PIL import Image
-from small import LAYERS, PROMPTS, TEXT, a_tokenizer, assert_close, bert, gpt2, llama, opt, t5
+from small import CLOSE, LAYERS, PROMPTS, TEXT, a_tokenizer, assert_close, bert, gpt2, llama, opt, t5
 from torch import nn
 
 import lxt
@@ -410,6 +410,19 @@ def test_bad_input_is_named(inputs, given, error, message):
     with pytest.raises(error, match=message):
         Attributor(model).attribute_targets(inputs, **given)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+def test_a_position_that_stands_twice_in_a_row_counts_once(rules):
+    """A row with fewer positions than its neighbours has one again, and the last layer runs at all of them."""
+    explainer = Attributor(llama(), rules=rules)
+    prompts = [[1], [1, 9, 10, 4, 5, 6]]  # the first has no other position to fill its place with
+    targets = [[5, 6], [lxt.Target(3, position=1), lxt.Target(4, position=3), 2]]
+    out = explainer.attribute_targets(prompts, targets)
+    each = [(prompt, target) for prompt, own in zip(prompts, targets, strict=True) for target in own]
+    for found, (prompt, target) in zip(out.relevance, each, strict=True):
+        # of one token there is one number, in which 32 others cancel
+        assert_close(found[-len(prompt) :], explainer.attribute(prompt, target).relevance[0], 10 * CLOSE)
 
 
 def test_a_function_that_reads_other_positions_is_told_of_the_one_that_there_is():

@@ -194,6 +194,28 @@ def test_dropout_is_inactive():
     assert not torch.equal(F.dropout(x, 0.9), x)
 
 
+DROPPING = {
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "dropout_": lambda x: torch.dropout_(x, 0.5, True),
+    "F.dropout in place": lambda x: F.dropout(x, 0.5, inplace=True),
+    "alpha_dropout_": lambda x: torch.alpha_dropout_(x, 0.5, True),
+    "feature_dropout_": lambda x: torch.feature_dropout_(x, 0.5, True),
+    "feature_alpha_dropout_": lambda x: torch.feature_alpha_dropout_(x, 0.5, True),
+    "F.dropout": lambda x: F.dropout(x, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_of_constants_is_inactive(name):
+    """With gradients on, though nothing of it requires grad."""
+    drop, x = DROPPING[name], torch.randn(1, 6, 8, dtype=torch.float64)
+    with RuleMode(ATTN_LRP):
+        first, second = drop(x.clone()), drop(x.clone())
+    assert torch.equal(first, second)
+    assert torch.equal(first, F.scaled_dot_product_attention(x, x, x) if name == "attention" else x)
+    assert not torch.equal(drop(x.clone()), drop(x.clone()))
+
+
 def test_batch_norm():
     mean, variance = CONSTANT[0], CONSTANT[0].abs() + 1
     agree(lambda a: F.batch_norm(a, mean, variance), lambda a: (a - mean) / (variance + 1e-5).sqrt())

@@ -76,7 +76,7 @@ def test_an_empty_corpus_is_an_error(tmp_path, content):
 
 
 def test_what_is_not_there_or_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file or folder 'nothing.txt'; give one, or a dataset"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder 'nothing\.txt'; give one, or a dataset"):
         read(Corpus("nothing.txt"))
     with pytest.raises(ValueError, match=r"holds no \.jsonl, \.parquet, \.txt"):
         read(Corpus(tmp_path))

@@ -39,8 +39,8 @@ class Logged:
         return self.function(block)
 
 torch.set_num_threads(1)
-ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, object_store_memory=200 * 2**20)
-on = on_ray("local", WORKERS)
+{start}
+on = on_ray("auto", WORKERS)
 label(
     lxt.load(llama(), a_tokenizer()),
     TEXTS,
@@ -48,6 +48,23 @@ label(
     compute=lambda function, reading: on(Logged(function), reading),
     **OPTIONS,
 )
+"""
+
+ONE_NODE = 'ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, object_store_memory=200 * 2**20)'
+TWO_NODES = """
+import threading
+from ray.cluster_utils import Cluster
+node = {{"num_cpus": 1, "object_store_memory": 150 * 2**20}}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+second = cluster.add_node(**node)
+ray.init(address=cluster.address, log_to_driver=False)
+
+def lose():
+    while not os.path.exists({gone!r}):
+        time.sleep(0.02)
+    cluster.remove_node(second, allow_graceful=False)
+
+threading.Thread(target=lose, daemon=True).start()
 """
 
 
@@ -62,18 +79,17 @@ def plain():
 class Run:
     """The script in a process of its own."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start: str = ONE_NODE):
         pytest.importorskip("ray")
         tests = Path(__file__).parent
         self.out, self.log, self.file = folder / "out", folder / "log", folder / "run.py"
         self.log.touch()
-        self.file.write_text(
-            SCRIPT.format(paths=[str(tests), str(tests.parent)], log=str(self.log), out=str(self.out))
-        )
+        paths = [str(tests), str(tests.parent)]
+        self.file.write_text(SCRIPT.format(paths=paths, log=str(self.log), out=str(self.out), start=start))
         self.environment = os.environ | {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
 
     def start(self):
-        return subprocess.Popen([sys.executable, self.file], env=self.environment, stderr=subprocess.DEVNULL)
+        return subprocess.Popen([sys.executable, self.file], env=self.environment, stderr=open(self.file.with_suffix(".err"), "a"))
 
     def computed(self):
         return [tuple(map(int, line.split())) for line in self.log.read_text().splitlines()]
@@ -106,6 +122,21 @@ def test_killed_workers_change_nothing(plain, tmp_path):
     assert set(computed) == set(range(BLOCKS))
     assert len(computed) <= BLOCKS + len(killed)
     assert len({worker for _, worker in run.computed()}) > WORKERS  # others took their places
+
+
+@pytest.mark.slow
+def test_a_lost_node_changes_nothing(plain, tmp_path):
+    gone = tmp_path / "gone"
+    run = Run(tmp_path, TWO_NODES.format(gone=str(gone)))
+    process = run.start()
+    run.wait_for(process, 5)
+    gone.touch()
+    assert process.wait(180) == 0
+    assert_equal(run.out, plain)
+    computed = [number for number, _ in run.computed()]
+    assert set(computed) == set(range(BLOCKS))
+    # the lost worker's block, and results that lay on the lost node
+    assert len(computed) <= BLOCKS + 5
 
 
 @pytest.mark.slow

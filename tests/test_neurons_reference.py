@@ -98,7 +98,8 @@ def test_ranks_and_moments_are_those_of_the_reference(build, layers, targets):
         top = found.tally.tops[layer, kind, sign]
         for neuron in range(found.count(layer)):
             expected = best(values, kind, layer, len(windows), neuron, SIGNS[sign])
-            got = list(zip(top.score[neuron].tolist(), top.window[neuron].tolist(), top.position[neuron].tolist()))
+            columns = (top.score, top.window, top.position)
+            got = list(zip(*(column[neuron].tolist() for column in columns), strict=True))
             assert [row for row in got if row[1] < 0] == [(0.0, -1, 0)] * (K - len(expected))
             for (score, window, place), (wanted, *where) in zip(got, expected, strict=False):
                 assert score == pytest.approx(wanted, rel=CLOSE, abs=1e-12)

@@ -16,9 +16,12 @@ import torch
 from small import a_tokenizer, bert, gpt2, llama
 
 import lxt
+from lxt.neurons.measuring import KINDS, SIGNS
 from lxt.neurons.ranking import Top, merged, top_of
 from lxt.neurons.running import label, model_fingerprint
 from lxt.neurons.storing import Folder
+from lxt.neurons.tally import SAMPLE, Tally, drawn
+from lxt.neurons.windows import Window
 
 WORDS = "I have 5 cats and 3 dogs My cats love to play with my dogs".split()
 
@@ -134,9 +137,7 @@ def test_killed_again_and_again_it_repeats_at_most_one_block_each_time(plain, tm
     tests = Path(__file__).parent
     out, log = tmp_path / "out", tmp_path / "log"
     log.touch()
-    (tmp_path / "run.py").write_text(
-        KILLED.format(paths=[str(tests), str(tests.parent)], log=str(log), out=str(out))
-    )
+    (tmp_path / "run.py").write_text(KILLED.format(paths=[str(tests), str(tests.parent)], log=str(log), out=str(out)))
     kills = 0
     for _ in range(20):
         started = len(log.read_text().split())
@@ -253,6 +254,27 @@ def test_numbers_that_are_not_finite_are_refused():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"not finite: the weight model\.layers\.1\.mlp\.up_proj\.weight"):
         label(lxt.load(model, a_tokenizer()), texts(2))
+
+
+def test_of_all_windows_only_ranked_ones_and_a_sample_are_kept():
+    def tally(numbers):
+        score = torch.tensor([[float(number)] for number in numbers])
+        top = top_of(score, torch.zeros_like(score, dtype=torch.int32), numbers, 1, 1)
+        tops = {(0, kind, sign): top for kind in KINDS for sign in SIGNS}
+        moments = {(0, kind): torch.zeros(3, 1) for kind in KINDS}
+        return Tally.named(tops, moments, torch.ones(4), [Window(n, f"é {n}", n, (1, n)) for n in numbers])
+
+    total, size = 2000, 100
+    parts = [tally(list(range(start, start + size))) for start in range(0, total, size)]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = Tally.of(whole.then(part).tensors())
+    sample = sorted(range(total), key=drawn)[:SAMPLE]
+    assert [window.number for window in whole.windows] == sorted({*sample, total - 1})
+    assert whole.windows[-1] == Window(total - 1, f"é {total - 1}", total - 1, (1, total - 1))
+    # drawn evenly: of the 20 parts each has its share, 12.8 of 256, within 4 standard deviations of the binomial
+    shares = [sum(number // size == part for number in sample) for part in range(20)]
+    assert all(abs(share - 12.8) <= 4 * 3.5 for share in shares)
 
 
 def rank(rows, k, sign):

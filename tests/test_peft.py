@@ -21,6 +21,7 @@ MERGEABLE = {
     "ia3": ("IA3Config", {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "loha": ("LoHaConfig", {"r": 4, "target_modules": LINEARS}),
     "oft": ("OFTConfig", {"r": 0, "oft_block_size": 4, "target_modules": LINEARS}),
+    "norms": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
     "vera": ("VeraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
 }
 

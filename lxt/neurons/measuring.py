@@ -86,7 +86,7 @@ def _extremes(value: Tensor, tokens: Tensor) -> Extremes:
     sums = inside.sum((0, 1), dtype=torch.float64)
     return Extremes(
         {"positive": high.values, "negative": low.values},
-        {"positive": high.indices, "negative": low.indices},
+        {"positive": high.indices.to(torch.int32), "negative": low.indices.to(torch.int32)},  # half the memory
         torch.stack([sums, square, (inside > 0).sum((0, 1)).double()]),
     )
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["pages"]
 
-_PER_PAGE = 200  # neurons: about 1 MB with 20 contexts of each list
-_CONTEXTS = 10
+_PER_PAGE = 200  # neurons: about 1 MB
+_CONTEXTS = 5
 _BEST = 40
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --peak: #f0b45a88; }
