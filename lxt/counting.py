@@ -2,7 +2,7 @@
 
 1. Hooks on the model, and on the parts of it that hold all layers, read the masks that they are called with: columns
    of the mask that are 0 are padding, and the others count from 0. Without a mask the given positions count, and
-   without them what the cache holds.
+   without them what the cache holds; of one that doesn't say, as of a recurrent state, the last count goes on.
 2. Where the prompt ends is remembered from the first forward for those that continue it, with a cache or without.
 3. What a checkpoint runs again in the backward is outside of any forward: the graph keeps its own count alive.
 """
@@ -56,11 +56,15 @@ class Counter:
         self._open: list[Count | None] = []
         self._of_graphs: weakref.WeakSet[Count] = weakref.WeakSet()
         self._prompt: _Prompt | None = None
+        self._ends: Tensor | None = None
+        self.forwards = 0
+        self._of_caches: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Meanwhile this thread's forwards are counted."""
-        self._thread, self._prompt = threading.get_ident(), None
+        self._thread, self._prompt, self._ends = threading.get_ident(), None, None
+        self.forwards = 0
         handles = []
         try:
             for part in self._holders:
@@ -89,8 +93,9 @@ class Counter:
             count = _alone(x) if mine else None
         if count is not None and x.shape[:-1].numel() != count.positions.numel():
             raise ValueError(
-                f"an activation of shape {tuple(x.shape)} doesn't belong to the forward's {count.positions.shape[0]} "
-                f"rows of {count.positions.shape[1]} tokens, so it can't be steered; steer the residual instead"
+                f"an activation of shape {tuple(x.shape)} has not one place for each of the forward's "
+                f"{count.positions.shape[0]} x {count.positions.shape[1]} tokens, so it can't be steered; steer "
+                "another latent, or another layer"
             )
         return count
 
@@ -106,10 +111,13 @@ class Counter:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() != self._thread:
             return
+        self.forwards += 1
         given = _given(module, args, kwargs)
         outer = self._open[-1] if self._open else None
         self._open.append(None)  # what may fail below is undone by _leave, which is always called
-        positions = _positions(given, outer.positions if outer else None)
+        positions = self._positions(given, outer.positions if outer else None)
+        if positions is not None and outer is None:
+            self._remember(given, positions.amax(-1) + 1)
         if positions is not None:
             same = outer is not None and torch.equal(positions, outer.positions)
             self._open[-1] = outer if same else Count(positions, self._prompt_of(positions, given))
@@ -123,6 +131,44 @@ class Counter:
             kept: Any = node.metadata  # lives as long as the graph
             kept.setdefault(__name__, []).append(count)
             self._of_graphs.add(count)
+
+    def _positions(self, given: Mapping[str, Any], outer: Tensor | None) -> Tensor | None:
+        read = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if not isinstance(read, Tensor) or read.dim() < 2:
+            return outer
+        batch, length = read.shape[:2]
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= length:
+            real = mask.to(read.device) != 0
+            return (real.long().cumsum(-1) - 1).masked_fill(~real, -1)[:, -length:]
+        if outer is not None and outer.shape == (batch, length):  # a mask in another form comes from the one out there
+            return outer
+        if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
+            return positions.to(read.device).expand(batch, length)
+        return (torch.arange(length, device=read.device) + self._cached(given)).expand(batch, length)
+
+    def _cached(self, given: Mapping[str, Any]) -> Tensor | int:
+        """How many tokens the cache holds: the same for all rows, or [batch, 1]."""
+        cache = _cache(given)
+        if cache is None:
+            return 0
+        try:
+            return cache.get_seq_length()
+        except (AttributeError, ValueError):  # a recurrent state, which counts nothing
+            known = self._ends if isinstance(cache, (list, tuple)) else self._of_caches.get(cache)
+        if known is not None:
+            return known[:, None]
+        if isinstance(cache, (list, tuple)) or cache.has_previous_state():
+            raise ValueError(
+                "the model goes on from a state that doesn't say how many tokens it has read; steer the forward that "
+                "reads the prompt too, or pass the attention mask of all tokens"
+            )
+        return 0
+
+    def _remember(self, given: Mapping[str, Any], ends: Tensor) -> None:
+        self._ends, cache = ends, _cache(given)
+        if cache is not None and not isinstance(cache, (list, tuple)):
+            self._of_caches[cache] = ends
 
     def _prompt_of(self, positions: Tensor, given: Mapping[str, Any]) -> Tensor | None:
         ids = given.get("input_ids")
@@ -157,21 +203,9 @@ def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return kwargs
 
 
-def _positions(given: Mapping[str, Any], outer: Tensor | None) -> Tensor | None:
-    read = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if not isinstance(read, Tensor) or read.dim() < 2:
-        return outer
-    batch, length = read.shape[:2]
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= length:
-        real = mask.to(read.device) != 0
-        return (real.long().cumsum(-1) - 1).masked_fill(~real, -1)[:, -length:]
-    if outer is not None and outer.shape == (batch, length):  # a mask in another form comes from the one out there
-        return outer
-    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
-        return positions.to(read.device).expand(batch, length)
-    cached = getattr(given.get("past_key_values"), "get_seq_length", lambda: 0)()
-    return (torch.arange(length, device=read.device) + cached).expand(batch, length)
+def _cache(given: Mapping[str, Any]) -> Any:
+    names = ("past_key_values", "cache_params", "state")
+    return next((given[name] for name in names if given.get(name) is not None), None)
 
 
 def _alone(x: Tensor) -> Count:

@@ -289,13 +289,18 @@ def chosen(positions: Positions, count: Count) -> Tensor:
     if isinstance(positions, slice):
         meant = here >= 0
         if positions.start is not None:
-            meant = meant & (here >= _from_start(positions.start, count, clamp=True))
+            meant = meant & (here >= _from_start(positions.start, count))
         if positions.stop is not None:
-            meant = meant & (here < _from_start(positions.stop, count, clamp=True))
+            meant = meant & (here < _from_start(positions.stop, count))
         return meant
     meant = torch.zeros_like(here, dtype=torch.bool)
     for place in numbered(positions):
-        meant |= here == _from_start(place, count, clamp=False)
+        own = _from_start(place, count)
+        if isinstance(own, Tensor) and (own < 0).any():
+            raise ValueError(
+                f"position {place} is before the beginning of a prompt of {int((own - place).min())} tokens"
+            )
+        meant |= here == own
     return meant
 
 
@@ -306,7 +311,7 @@ def numbered(positions: Positions) -> list[int]:
     return [_whole(place) for place in (positions if isinstance(positions, (Sequence, Tensor)) else (positions,))]
 
 
-def _from_start(place: int, count: Count, clamp: bool) -> Tensor | int:
+def _from_start(place: int, count: Count) -> Tensor | int:
     if place >= 0:
         return place
     if count.prompt is None:
@@ -314,12 +319,7 @@ def _from_start(place: int, count: Count, clamp: bool) -> Tensor | int:
             f"position {place} counts from the end of the prompt, which the model read before it was steered; steer "
             "the forward that reads the prompt too, or count from its beginning"
         )
-    found = count.prompt + place
-    if clamp:
-        return found.clamp(min=0)[:, None]
-    if (found < 0).any():
-        raise ValueError(f"position {place} is before the beginning of a prompt of {int(count.prompt.min())} tokens")
-    return found[:, None]
+    return count.prompt[:, None] + place
 
 
 def _checked(positions: Any) -> None:

@@ -81,6 +81,7 @@ class Steering:
                 self._plan.setdefault((latent.name, latent.layer), []).append((latent, change))
         self._counter = Counter(model, next(iter(known.values())).module)
         self._longest = 0
+        self._reached: set[tuple[str, int]] = set()
         self._undo: ExitStack | None = None
 
     def __repr__(self) -> str:
@@ -90,7 +91,7 @@ class Steering:
     def __enter__(self) -> Steering:
         if self._undo is not None:
             raise RuntimeError("this steering is already in force; call explainer.steer() again for another")
-        self._longest = 0
+        self._longest, self._reached = 0, set()
         with ExitStack() as undo:
             undo.enter_context(torch.compiler.set_stance("force_eager"))
             undo.enter_context(self._counter.counting())
@@ -104,7 +105,7 @@ class Steering:
             return
         undo, self._undo = self._undo, None
         undo.close()
-        if kind is None and self._longest:
+        if kind is None and (self._longest or self._counter.forwards):
             self._refuse_unreached()
 
     def _steered(self, site: Site, changes: Sequence[tuple[Latent, Intervention]], x: Tensor) -> Tensor:
@@ -112,13 +113,12 @@ class Steering:
         if count is None:
             return x
         self._longest = max(self._longest, count.longest)
+        self._reached.add((site.latent, site.layer))
         y = x.reshape(*count.positions.shape, x.shape[-1])
         for latent, change in changes:
-            if _width(self._model, site) is None:
+            if y.shape[-1] != _width(self._model, site):
                 _check(latent, change, site, y.shape[-1], y.dtype)
             meant = chosen(change.positions, count).to(y.device)
-            if not meant.any():
-                continue
             columns = latent.columns(y.shape[-1], site.heads)
             columns = None if columns is None else columns.to(y.device)
             part = y if columns is None else y.index_select(-1, columns)
@@ -127,8 +127,13 @@ class Steering:
         return y.view_as(x)
 
     def _refuse_unreached(self) -> None:
-        for changes in self._plan.values():
+        for key, changes in self._plan.items():
             for latent, change in changes:
+                if key not in self._reached:
+                    raise ValueError(
+                        f"{latent} was to be steered, and no forward of {type(self._model).__name__} ran that layer "
+                        f"({type(self._sites[key].module).__name__}) with these inputs; steer a layer that runs"
+                    )
                 for place in numbered(change.positions):
                     if place >= self._longest:
                         raise ValueError(

@@ -162,7 +162,9 @@ def bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def coefficient_of(module: Any) -> Coefficient | None:
     """f(x) / x of a known activation module, None of others and of those that write into their input."""
-    if getattr(module, "inplace", False) or not type(module).forward.__module__.startswith(("torch.", "transformers.")):
+    if not isinstance(module, nn.Module) or getattr(module, "inplace", False):
+        return None
+    if not type(module).forward.__module__.startswith(("torch.", "transformers.")):
         return None
     if isinstance(module, nn.GELU):
         return COEFFICIENTS["gelu_tanh" if module.approximate == "tanh" else "gelu"]

@@ -179,7 +179,7 @@ def test_in_16_bits_it_errs_no_more_than_torch(shape: str, dtype: torch.dtype) -
     for c, other, truth in zip(
         *(torch.autograd.grad(out, (q, k, v), c_out) for out in (ours, theirs)), expected, strict=True
     ):
-        assert error(c, truth) < 1.2 * error(other, truth)  # 0.6 to 1.05 with torch 2.13
+        assert error(c, truth) < 1.5 * error(other, truth)  # 0.6 to 1.05 with torch 2.13
 
 
 # What of query, key and value depends on the input -> its factors where the rule's are (0.1, 0.2, 0.7): a constant's

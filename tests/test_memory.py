@@ -185,7 +185,8 @@ def test_a_budget_chooses_and_says_so(monkeypatch):
     free_for(monkeypatch, (off + layer) // 2)
     with pytest.warns(UserWarning, match="to fit the memory: checkpoint='layer'; takes about"):
         equal(Attributor(model, memory="64GiB").attribute(LONG, latents="residual"), expected)
-    free_for(monkeypatch, needed(model, LONG, "nested", latents="residual") // 2)
+    usage = Attributor(model, checkpoint="nested").forecast(LONG, latents="residual").devices["cpu"]
+    free_for(monkeypatch, usage.process + (usage.needed - usage.process) // 2)
     with pytest.warns(UserWarning, match="batch_size="):
         out = Attributor(model, memory="64GiB").attribute(LONG, latents="residual")
     torch.testing.assert_close(out.relevance, expected.relevance, rtol=1e-4, atol=1e-6)  # other batches, other sums

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from models import build
-from small import assert_close, by_hand, llama
+from small import assert_close, bert, by_hand, llama
 from torch import nn
+from transformers import BertForSequenceClassification
 
 import lxt
 
@@ -85,6 +86,20 @@ def test_several_adapters_are_one_sum():
     model.base_model.set_adapter(["default", "other"])
     merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default", "other"])
     assert_close(by_hand(model, IDS, score, "cp"), by_hand(merged, IDS, score, "cp"), 1e-5)
+
+
+def test_adapted_norms_behind_the_blocks_of_an_encoder():
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model = bert(BertForSequenceClassification, num_labels=4)
+    model = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["LayerNorm"])).eval()
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for rules in ("attnlrp", "cp"):
+        found = by_hand(model, IDS, lambda logits: logits[0, 1], rules)
+        assert_close(found, by_hand(merged, IDS, lambda logits: logits[0, 1], rules), 1e-5)
 
 
 def test_an_adapter_on_the_experts_of_a_mixture():

@@ -1,55 +1,22 @@
 """Steering equals the same change made by hand: in the weights, in a bias, or in hooks that know their one position."""
 
 import copy
-import gc
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from models import EXAMPLES, VOCABULARY, checkpointed
-from small import HEADS, LAYERS, PROMPTS, a_tokenizer, assert_close, gpt2, llama, t5
+from models import VOCABULARY, checkpointed
+from small import HEADS, LAYERS, PROMPTS, a_tokenizer, assert_close, llama, t5
+from steered import ENDS, IDS, SOME, built, columns_of, failing, logits, padded, projection
 from torch import nn
 
 import lxt
 from lxt.attributor import Attributor
 from lxt.steering import Ablate, Add, Scale, Set, activations
 
-# By hand, and not from the patch maps: where heads and neurons end.
-ENDS = {
-    "llama": ("model.layers", "self_attn.o_proj", "mlp.down_proj"),
-    "gemma3": ("model.layers", "self_attn.o_proj", "mlp.down_proj"),
-    "phi3": ("model.layers", "self_attn.o_proj", "mlp.down_proj"),
-    "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),
-    "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2"),
-    "bert": ("bert.encoder.layer", "attention.output.dense", "output.dense"),
-}
 # float32: the change is made before a projection here and within its weights there, two layers from the logits.
 ROUNDING = 2e-5
-
-
-def built(name):
-    torch.manual_seed(0)
-    return EXAMPLES[name].build("eager").eval()
-
-
-def projection(model, name, layer, kind):
-    layers, head, neuron = ENDS[name]
-    return model.get_submodule(f"{layers}.{layer}.{head if kind == 'head' else neuron}")
-
-
-def columns_of(module):
-    """The weights by which each number of the input goes on, [input, output], to be written to."""
-    return module.weight.data if hasattr(module, "nx") else module.weight.data.T
-
-
-def logits(model, ids, **arguments):
-    with torch.no_grad():
-        return model(torch.as_tensor(ids).view(len(ids) if isinstance(ids[0], list) else 1, -1), **arguments).logits
-
-
-IDS = [1, 5, 6, 7, 8, 9, 3]
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -87,7 +54,7 @@ def test_a_vector_added_to_the_residual_is_a_bias(name):
     assert_close(steered, logits(edited, IDS), ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("name", ENDS)
 def test_the_explained_model_is_the_steered_one(name):
     model = built(name)
     edited = copy.deepcopy(model)
@@ -110,177 +77,6 @@ def test_the_explained_model_is_the_steered_one(name):
     assert torch.equal(explainer.attribute(IDS, target=2).relevance, plain.relevance)
 
 
-def test_one_position_is_changed_as_by_a_hook_that_knows_it():
-    model = llama()
-    vector = torch.randn(32)
-
-    def at_two(module, args, output):
-        output = output.clone()
-        output[:, 2] = 0.5 * output[:, 2] + vector
-        output[:, 4:, 9] = 1.25
-        return output
-
-    handle = model.model.layers[1].register_forward_hook(at_two)
-    expected = logits(model, IDS)
-    handle.remove()
-    changes = [Scale(0.5, positions=2), Add(vector, positions=[2])]
-    with Attributor(model).steer(
-        {("residual", 1): changes, ("residual", 1, 9): Set(1.25, positions=slice(4, None))}
-    ) as steering:
-        assert torch.equal(logits(model, IDS), expected)
-    assert "('residual', 1, 9)" in repr(steering)
-
-
-POSITIONS = {
-    "all": None,
-    "of the prompt": [0, 3],
-    "generated": [8],
-    "from one on": slice(4, None),
-    "a span": slice(2, 7),
-    "from the prompt's end": -2,
-    "from its end on": slice(-1, None),
-    "up to its end": slice(None, -1),
-}
-
-
-@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
-@pytest.mark.parametrize("build", [llama, gpt2])
-def test_generation_is_the_same_with_a_cache_and_without(build, positions):
-    model = build()
-    ids, options = torch.tensor([PROMPTS[0]]), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    plain = model.generate(ids, **options)
-    changes = {
-        ("residual", 0): Add(2 * torch.randn(32), positions=positions),
-        ("head", 1, 2): Set(1.5, positions=positions),
-        ("neuron", 2, (3, 30)): Set(4.0, positions=positions),
-    }
-    with Attributor(model).steer(changes):
-        cached = model.generate(ids, **options, output_logits=True, return_dict_in_generate=True)
-        whole = model.generate(ids, **options, output_logits=True, return_dict_in_generate=True, use_cache=False)
-    assert torch.equal(cached.sequences, whole.sequences)
-    assert_close(torch.stack(cached.logits), torch.stack(whole.logits), 1e-4)
-    assert torch.equal(model.generate(ids, **options), plain)
-    expected = by_loop(model, PROMPTS[0], changes, positions, len(PROMPTS[0]), 8)
-    assert_close(torch.stack(cached.logits)[:, 0], expected, 1e-4)
-
-
-def by_loop(model, ids, changes, positions, prompt, steps):
-    """Greedy decoding without a cache, with plain hooks that write where Python counts: [step, vocabulary]."""
-    ids, found = list(ids), []
-    layers = model.model.layers if hasattr(model, "model") else model.transformer.h
-    llamas = hasattr(model, "model")
-
-    def meant():
-        every = list(range(prompt + steps + 1))
-        if positions is None:
-            picked = every
-        elif isinstance(positions, slice):
-            start, stop = (p + prompt if p is not None and p < 0 else p for p in (positions.start, positions.stop))
-            picked = every[start:stop]
-        else:
-            picked = [p + prompt if p < 0 else p for p in ([positions] if isinstance(positions, int) else positions)]
-        return [p for p in picked if p < len(ids)]
-
-    def residual(module, args, output):
-        output = output.clone()
-        output[:, meant()] += changes[("residual", 0)].value
-        return output
-
-    def head(module, args):
-        x = args[0].clone()
-        x[:, meant(), 16:24] = 1.5
-        return (x,)
-
-    def neuron(module, args):
-        x = args[0].clone()
-        for n in (3, 30):
-            x[:, meant(), n] = 4.0
-        return (x,)
-
-    handles = [
-        layers[0].register_forward_hook(residual),
-        (layers[1].self_attn.o_proj if llamas else layers[1].attn.c_proj).register_forward_pre_hook(head),
-        (layers[2].mlp.down_proj if llamas else layers[2].mlp.c_proj).register_forward_pre_hook(neuron),
-    ]
-    for _ in range(steps):
-        with torch.no_grad():
-            last = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-        found.append(last)
-        ids.append(int(last.argmax()))
-    for handle in handles:
-        handle.remove()
-    return torch.stack(found)
-
-
-def padded(prompts, side="left"):
-    width = max(map(len, prompts))
-    blank = [[0] * (width - len(ids)) for ids in prompts]
-    pairs = list(zip(blank, prompts, strict=True))
-    ids = [b + p if side == "left" else p + b for b, p in pairs]
-    mask = [[0] * len(b) + [1] * len(p) if side == "left" else [1] * len(p) + [0] * len(b) for b, p in pairs]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-SOME = {
-    ("residual", 1): Add(torch.linspace(-2, 2, 32), positions=[1, 6]),
-    ("neuron", 0, 5): Set(3.0, positions=-1),
-    ("head", 2, 3): Ablate(positions=slice(2, None)),
-}
-
-
-@pytest.mark.parametrize("build", [llama, gpt2])
-def test_batches_with_padding_equal_single_prompts(build):
-    model = build()
-    ids, mask = padded(PROMPTS)
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with Attributor(model).steer(SOME):
-        together = model.generate(ids, attention_mask=mask, **options)[:, -6:]
-        alone = [model.generate(torch.tensor([p]), **options)[0, -6:] for p in PROMPTS]
-    assert torch.equal(together, torch.stack(alone))
-
-
-def test_attributions_of_a_batch_equal_those_of_its_prompts():
-    explainer = Attributor(llama())
-    with explainer.steer(SOME):
-        out = explainer.attribute(PROMPTS, target=42, latents="residual")
-        alone = [explainer.attribute(p, target=42, latents="residual") for p in PROMPTS[::2]]
-    for row, one in zip((0, 2), alone, strict=True):
-        assert_close(out.relevance[row][out.mask[row]], one.relevance[0], 1e-5)
-        assert_close(out.latents["residual"][:, row, out.mask[row]], one.latents["residual"][:, 0], 1e-5)
-
-
-def test_padding_on_the_right_and_beams_are_counted():
-    model = llama()
-    ids, mask = padded(PROMPTS, "right")
-    beams = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
-    with Attributor(model).steer(SOME):
-        with torch.no_grad():
-            right = model(ids, attention_mask=mask).logits
-        for row, prompt in enumerate(PROMPTS):
-            assert_close(right[row, : len(prompt)], logits(model, prompt)[0], 1e-5)
-        prompt = torch.tensor([PROMPTS[0]])
-        assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, **beams, use_cache=False))
-
-
-def test_positions_count_on_over_a_cache_of_ones_own():
-    model = llama()
-    with Attributor(model).steer({("residual", 0): Add(torch.ones(32), positions=[2, 5])}):
-        expected = logits(model, IDS)
-        first = model(torch.tensor([IDS[:4]]), use_cache=True)
-        second = model(torch.tensor([IDS[4:]]), past_key_values=first.past_key_values)
-    assert_close(torch.cat([first.logits, second.logits], 1).detach(), expected, 1e-5)
-
-
-def test_static_caches_are_counted():
-    model = llama()
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    ids, mask = padded(PROMPTS)
-    with Attributor(model).steer(SOME):
-        expected = model.generate(ids, attention_mask=mask, **options)
-        static = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
-    assert torch.equal(static, expected)
-
-
 @pytest.mark.parametrize("how", ["layer", "nested"])
 def test_checkpointed_layers_are_steered_when_they_run_again(how):
     model = llama()
@@ -294,33 +90,6 @@ def test_checkpointed_layers_are_steered_when_they_run_again(how):
         assert torch.equal(found.relevance, expected.relevance)
         for latent in latents:
             assert torch.equal(found.latents[latent], expected.latents[latent])
-
-
-def test_a_checkpoint_of_one_forward_is_not_taken_for_another():
-    model = llama()
-    checkpointed(model)
-    model.train()
-    embeds = torch.randn(1, 6, 32)
-    left, none = torch.tensor([[0, 0, 1, 1, 1, 1]]), torch.ones(1, 6, dtype=torch.long)
-    change = {("neuron", 1, 5): Set(9.0, positions=0)}
-
-    def run(mask):
-        x = embeds.clone().requires_grad_()
-        return x, model(inputs_embeds=x, attention_mask=mask).logits[0, -1, 3]
-
-    with Attributor(model).steer(change):
-        x, score = run(left)
-        (expected,) = torch.autograd.grad(score, x)
-        del score
-        gc.collect()
-        other, _ = run(none)  # its graph is gone before the next backward
-        del _
-        x, score = run(left)
-        assert torch.equal(torch.autograd.grad(score, x)[0], expected)
-        (x, score), (other, third) = run(left), run(none)
-        with pytest.raises(RuntimeError, match="could belong to several forwards"):
-            score.backward()
-        del third, other
 
 
 def test_under_monkey_patch():
@@ -396,22 +165,11 @@ def test_everything_is_undone_also_after_an_error():
         with pytest.raises(RuntimeError, match="already in force"), steering:
             pass
         with pytest.raises(KeyError):  # a forward that fails leaves the count of the next alone
-            failing(model)
+            failing(model, model.model.layers[1])
         again = logits(model, IDS)
     with steering:
         assert torch.equal(logits(model, IDS), again)
     assert torch.equal(logits(model, IDS), plain)
-
-
-def failing(model):
-    def fail(module, args, output):
-        raise KeyError("mine")
-
-    handle = model.model.layers[1].register_forward_hook(fail)
-    try:
-        model(torch.tensor([[1, 2, 3], [4, 5, 6]]))
-    finally:
-        handle.remove()
 
 
 def test_nested_blocks_change_in_order():
@@ -510,93 +268,6 @@ def test_a_vector_changed_afterwards_changes_nothing():
     with steering:
         assert torch.equal(logits(model, IDS), before)
         assert Attributor(model).attribute(IDS, target=3).relevance.isfinite().all()
-
-
-VECTOR = torch.ones(32)
-BAD = {
-    "unknown latent": ({("neurons", 0, 1): 1.0}, ValueError, "unknown latent 'neurons'; .*did you mean 'neuron'"),
-    "no key": ({"neuron": 1.0}, TypeError, r"\('residual', 6\)"),
-    "no layer": ({("neuron",): 1.0}, TypeError, "named by"),
-    "layer": ({("neuron", 3, 1): 1.0}, ValueError, "the model has the layers 0 to 2, and 3 is none"),
-    "negative layer": ({("residual", -1): VECTOR}, ValueError, "layers 0 to 2, and -1 is none"),
-    "head": ({("head", 0, 4): 0.0}, ValueError, r"\('head', 0, 4\): layer 0 has the heads 0 to 3, and 4 is none"),
-    "neuron": ({("neuron", 1, (2, 48)): 0.0}, ValueError, "layer 1 has the neurons 0 to 47, and 48 is none"),
-    "dimension": ({("residual", 1, 32): 0.0}, ValueError, "has the dimensions 0 to 31, and 32 is none"),
-    "twice": ({("neuron", 1, (2, 2)): 0.0}, ValueError, "names no neuron, or one twice"),
-    "not whole": ({("neuron", 1, 2.0): 0.0}, TypeError, "whole numbers"),
-    "vector": ({("residual", 0): torch.ones(31)}, ValueError, r"\('residual', 0\) has 32 numbers, and .* 31"),
-    "head's vector": ({("head", 0, 1): Add(VECTOR)}, ValueError, r"\('head', 0, 1\) has 8 numbers, and .* 32"),
-    "matrix": ({("residual", 0): torch.ones(2, 32)}, ValueError, r"got the shape \(2, 32\)"),
-    "nan": ({("neuron", 0, 1): float("nan")}, ValueError, "can't be steered by nan"),
-    "inf": ({("residual", 0): VECTOR / 0}, ValueError, "NaN or inf"),
-    "too large": ({("neuron", 0, 1): 1e39}, ValueError, "torch.float32, which can't hold 1e\\+39"),
-    "no value": ({("neuron", 0, 1): "3"}, TypeError, "Set, Add, Scale or Ablate .* got str"),
-    "flag": ({("neuron", 0, 1): True}, TypeError, "got bool"),
-    "empty": ({}, TypeError, r"\{\('neuron', 7, 1234\): 3.0\}"),
-}
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_requests_are_refused_before_anything_runs(changes, error, message):
-    with pytest.raises(error, match=message):
-        Attributor(llama()).steer(changes)
-
-
-def test_bad_interventions_are_refused():
-    model = llama()
-    explainer = Attributor(model)
-    with pytest.raises(ValueError, match="take no step"):
-        Add(1.0, positions=slice(0, 4, 2))
-    with pytest.raises(ValueError, match="hold no token"):
-        Add(1.0, positions=[])
-    with pytest.raises(ValueError, match="hold no token"):
-        Add(1.0, positions=slice(4, 4))
-    with pytest.raises(TypeError, match="positions must be"):
-        Add(1.0, positions="last")
-    with pytest.raises(ValueError, match="Ablate to 'median' is unknown; allowed: zero, mean, resample"):
-        Ablate("median")
-    with pytest.raises(TypeError, match=r"needs reference=lxt\.steering\.activations"):
-        Ablate("mean")
-    reference = activations(explainer, PROMPTS, [("head", 1, 0)])
-    with pytest.raises(ValueError, match="takes no reference"):
-        Ablate("zero", reference)
-    with pytest.raises(ValueError, match=r"the reference has no \('head', 1, 2\); it has \('head', 1, 0\)"):
-        explainer.steer({("head", 1, 2): Ablate("mean", reference)})
-    with pytest.raises(TypeError, match="latents must be a list"):
-        activations(explainer, PROMPTS, "head")
-    other = activations(Attributor(built("gemma3")), [IDS], [("neuron", 0)])
-    with pytest.raises(ValueError, match="has 48 numbers, and the vector for it 40"):
-        explainer.steer({("neuron", 0): Ablate("mean", other)})
-
-
-def test_positions_that_no_row_has_are_refused():
-    model = llama()
-    explainer = Attributor(model)
-    with (
-        pytest.raises(ValueError, match=r"\('residual', 0\) was to be steered at position 7, .* longest row had 7"),
-        explainer.steer({("residual", 0): Add(VECTOR, positions=7)}),
-    ):
-        logits(model, IDS)
-    with (
-        pytest.raises(ValueError, match="position -8 is before the beginning of a prompt of 7 tokens"),
-        explainer.steer({("residual", 0): Add(VECTOR, positions=-8)}),
-    ):
-        logits(model, IDS)
-    past = model(torch.tensor([IDS]), use_cache=True).past_key_values
-    with (
-        pytest.raises(ValueError, match="which the model read before it was steered"),
-        explainer.steer({("residual", 0): Add(VECTOR, positions=-1)}),
-    ):
-        model(torch.tensor([[3]]), past_key_values=past)
-    with explainer.steer({("residual", 0): Add(VECTOR, positions=70)}):
-        pass  # nothing ran
-
-
-def test_what_an_architecture_lacks_is_named():
-    with pytest.raises(ValueError, match=r"'neuron' is not known for layer 0 of Qwen3MoeForCausalLM"):
-        Attributor(built("qwen3_moe")).steer({("neuron", 0, 1): 0.0})
-    with pytest.raises(ValueError, match=r"'head' is not known .* give the Attributor a PatchMap with the head path"):
-        Attributor(llama(), patch_map=lxt.PatchMap()).steer({("head", 0, 1): 0.0})
 
 
 def test_text_can_be_the_reference():

@@ -88,7 +88,8 @@ def _rows(ray: Any, function: Any, reading: Reading, workers: int | None) -> Ite
         fn_constructor_args=(shared, threads),
         **share,
     )
-    yield from rows.iter_rows()
+    for batch in rows.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
+        yield {"number": int(batch["number"][0]), "tally": bytes(batch["tally"][0])}
 
 
 class _Worker:
