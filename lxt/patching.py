@@ -247,7 +247,7 @@ class _ModelPatch(_Patch):
         if forward is None and _is_own(module):
             forward = recurrent_forward(module, self.composite)
         if forward is not None:
-            self._undo.callback(swap_forward(module, self._fused(forward)))
+            self._undo.callback(swap_forward(module, self._fused(forward, type(module).forward)))
             self.fused[name] = self.fused.get(name, 0) + 1
         self._let_enter(module, is_target)
 
@@ -270,10 +270,11 @@ class _ModelPatch(_Patch):
 
         return make
 
-    def _fused(self, forward: Callable) -> Callable[[Callable], Callable]:
+    def _fused(self, forward: Callable, known: Callable) -> Callable[[Callable], Callable]:
         def make(previous: Callable) -> Callable:
             def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                if self.active and torch.is_grad_enabled() and not suspended():
+                fits = type(module).forward is known  # and nobody has replaced it since
+                if fits and self.active and torch.is_grad_enabled() and not suspended():
                     return forward(module, *args, **kwargs)
                 return previous(module, *args, **kwargs)
 

@@ -30,7 +30,13 @@ def pre_norm_layer(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFa
     def factory(module: nn.Module, composite: Composite) -> Callable | None:
         norm = getattr(module, PARTS[2], None)
         names = inspect.unwrap(type(module).forward).__code__.co_names
-        if composite.norm == "gradient" or names != PARTS or not _is_rms_norm_of(type(norm), type(module)):
+        theirs = type(module).__module__.startswith("transformers.models.")  # names alone don't tell what is done
+        if (
+            not theirs
+            or composite.norm == "gradient"
+            or names != PARTS
+            or not _is_rms_norm_of(type(norm), type(module))
+        ):
             return None
         known = type(norm), type(norm).forward
 
@@ -51,7 +57,7 @@ def pre_norm_layer(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFa
 
 def post_norm_output(module: nn.Module, composite: Composite) -> Callable | None:
     """LayerNorm(dense(x) + residual), as BERT ends its blocks; the norm is not called as a module, as above."""
-    if composite.norm == "gradient":
+    if composite.norm == "gradient" or nn.LayerNorm.forward.__module__ != nn.LayerNorm.__module__:
         return None
     known = nn.LayerNorm, nn.LayerNorm.forward
 

@@ -187,17 +187,13 @@ def a_class_of(name: str) -> type[nn.Module]:
     return type(built(name).get_submodule(ACTIVATIONS[name]))
 
 
-def not_yet(*values: Any, reason: str) -> Any:
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 ON_CLASSES = [
     ("llama", modeling_llama.LlamaRMSNorm, False),
-    not_yet("llama", modeling_llama.LlamaRMSNorm, True, reason="a fused norm doesn't look at its class again"),
-    not_yet("bert", nn.LayerNorm, False, reason="taken for torch's own"),
+    ("llama", modeling_llama.LlamaRMSNorm, True),
+    ("bert", nn.LayerNorm, False),
     ("bert", nn.LayerNorm, True),
     *((name, a_class_of(name), False) for name in ACTIVATIONS),
-    *(not_yet(name, a_class_of(name), True, reason="under the old coefficient") for name in ACTIVATIONS),
+    *((name, a_class_of(name), True) for name in ACTIVATIONS),
 ]
 
 
@@ -268,10 +264,7 @@ def scaling(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
 
 
 @over_presets
-@pytest.mark.parametrize(
-    "forward",
-    [calling_more, not_yet(scaling, reason="it calls the same names")],
-)
+@pytest.mark.parametrize("forward", [calling_more, scaling])
 def test_a_layer_of_that_name_that_does_something_else(forward: Callable[..., Tensor], preset: lxt.Composite) -> None:
     assert_as_the_mode_alone("llama", preset, with_layers_of_its_own(forward))
 
