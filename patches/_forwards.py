@@ -148,7 +148,7 @@ def activation_fence(module: nn.Module, composite: Composite) -> Callable | None
 def is_watched(module: nn.Module) -> bool:
     """Whether the module has to be called, since a hook or a forward of somebody else's is on it."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or _has_any_global_hook() or not has_class_forward(module)
+    return any(hooks) or bool(_has_any_global_hook()) or not has_class_forward(module)
 
 
 def is_fusable(composite: Composite) -> bool:
@@ -170,7 +170,8 @@ def coefficient_of(module: Any) -> Coefficient | None:
         return COEFFICIENTS["gelu_tanh" if module.approximate == "tanh" else "gelu"]
     name = type(module).__name__
     if name == "ClippedGELUActivation":
-        low, high = float(module.min), float(module.max)
+        clipped: Any = module
+        low, high = float(clipped.min), float(clipped.max)
         return lambda x: clipped_gelu(x, low, high)
     return COEFFICIENTS.get(_BY_CLASS.get(name, ""))
 

@@ -28,7 +28,7 @@ def pre_norm_layer(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFa
     """
 
     def factory(module: nn.Module, composite: Composite) -> Callable | None:
-        norm = getattr(module, PARTS[2], None)
+        norm: Any = getattr(module, PARTS[2], None)
         names = inspect.unwrap(type(module).forward).__code__.co_names
         theirs = type(module).__module__.startswith("transformers.models.")  # names alone don't tell what is done
         if (
@@ -38,7 +38,8 @@ def pre_norm_layer(style: NormStyle, eps: str = "variance_epsilon") -> ForwardFa
             or not _is_rms_norm_of(type(norm), type(module))
         ):
             return None
-        known = type(norm), type(norm).forward
+        cls: Any = type(norm)
+        known = cls, cls.forward
 
         def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             norm = self.post_attention_layernorm
