@@ -31,10 +31,9 @@ from lxt.patchmap import PatchMap
 
 __all__ = ["Forecast", "Usage", "forecast_pass"]
 
-# What the first run of a process brings to the CPU beside its tensors: pages of torch's code, the matrix products' own
-# buffers, blocks too small to be given back. Measured as the resident memory that a model of 2 layers takes on at its
-# first 64 tokens (15 to 18 MiB in float32, whatever the architecture).
-_FIRST_RUN = 16 * 2**20
+# What a process takes on beside its tensors: pages of torch's code, the matrix products' own buffers, holes that small
+# blocks leave. Measured (tests/bench/forecast.py): 2 to 8 MiB, whatever the architecture, from 512 tokens on.
+_FIRST_RUN = 6 * 2**20
 
 
 @dataclass(frozen=True)
