@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from lxt.swapping import swap_forward
 
@@ -135,13 +135,13 @@ class _Stream:
             def call(hidden: Tensor) -> Any:
                 return previous(module, hidden, *rest, **named)
 
-            state = self._entered(module, hidden)
+            state, chance = self._entered(module, hidden), _Chance(hidden)
             if state.position == self._last:
                 output = call(hidden)
             else:
                 with _instead_of(hidden, state.read):
-                    output = checkpoint(call, hidden, use_reentrant=False, preserve_rng_state=False)
-            self._left(state, call, output)
+                    output = checkpoint(call, hidden, use_reentrant=False)
+            self._left(state, chance.again(call), output)
             return output
 
         return forward
@@ -174,6 +174,25 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None
     named = dict(kwargs)
     hidden = named.pop("hidden_states", None)
     return (hidden if isinstance(hidden, Tensor) else None), (), named
+
+
+class _Chance:
+    """The random numbers' state before a layer, for what a user's hook draws in it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self._devices, self._states = get_device_states(hidden)
+        self._state = torch.get_rng_state()
+
+    def again(self, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """`call` with the random numbers of the first time."""
+
+        def replay(hidden: Tensor) -> Any:
+            with torch.random.fork_rng(self._devices):
+                torch.set_rng_state(self._state)
+                set_device_states(self._devices, self._states)
+                return call(hidden)
+
+        return replay
 
 
 def _again(call: Callable[[Tensor], Any], state: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ def names(latents: str | Sequence[str]) -> tuple[str, ...]:
 def residual_layers(model: Model, patch_map: PatchMap) -> list[nn.Module]:
     """The layers whose outputs are the residual stream: those the map names, else the longest list of like modules.
 
+    A list inside another is none: it holds parts of a layer.
+
     For encoder-decoders, those of the encoder: they share the tokens of the input.
 
     Raises:
@@ -142,10 +144,12 @@ def residual_layers(model: Model, patch_map: PatchMap) -> list[nn.Module]:
     if patch_map.layers:
         found = [module for module in root.modules() if type(module).__name__ in patch_map.layers]
     else:
-        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+        named = {name: part for name, part in root.named_modules() if isinstance(part, nn.ModuleList)}
+        outer = [part for name, part in named.items() if not any(name.startswith(f"{other}.") for other in named)]
+        lists = [part for part in outer if len({type(layer) for layer in part}) == 1]
         found = list(max(lists, key=len)) if lists else []
     if not found:
-        wanted = f"layers of class {', '.join(patch_map.layers)}" if patch_map.layers else "a list of like layers"
+        wanted = f"layers of class {', '.join(patch_map.layers)}" if patch_map.layers else "list of like layers"
         raise ValueError(f"{type(model).__name__} has no {wanted}, which latents are read from; leave latents out")
     return found
 

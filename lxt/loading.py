@@ -140,7 +140,11 @@ def model_of(
     with torch.device("meta"):
         empty = auto.from_config(config, trust_remote_code=False, **options)
     empty.tie_weights()
-    model, placement = load_placed(fetch, empty, stored_weights(name, empty), budget, offload_folder)
+    try:
+        stored = stored_weights(str(Path(name).expanduser()) if _looks_local(name) else name, empty)
+    except (OSError, ValueError, KeyError) as error:  # a header or an index that isn't one, a shard that isn't there
+        raise ValueError(_refusal(name, "model", error)) from error
+    model, placement = load_placed(fetch, empty, stored, budget, offload_folder)
     if placement.offloaded:
         warnings.warn(f"{name} doesn't fit as a whole: {placement}", stacklevel=3)
     return model
@@ -183,7 +187,7 @@ def processor_of(name: str | Path, model: Any) -> Any:
 
 def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
     """`auto.from_pretrained`, with one clear error when there is nothing of that name."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = _looks_local(name)
     if looks_local and not Path(name).expanduser().is_dir():
         raise ValueError(f'no {what} at {name!r}: there is no such folder; give a folder, a name on the hub, or "tiny"')
     try:
@@ -191,6 +195,10 @@ def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # safetensors, json and tokenizers have classes of their own
         raise ValueError(_refusal(name, what, error)) from error
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _refusal(name: str, what: str, error: Exception) -> str:

@@ -217,6 +217,8 @@ def _read_rows_only(table: nn.Embedding, hook: Any) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     class RowsOnly(ModelHook):
+        offload, weights_map = True, hook.weights_map  # which transformers looks for when it saves the model
+
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
             ids, *rest = args if args else (kwargs.pop("input"),)
             rows, places = ids.unique(return_inverse=True)

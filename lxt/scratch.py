@@ -36,7 +36,10 @@ class Scratch:
     """
 
     def __init__(self, parent: Path, needed: int) -> None:
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"offload_folder={str(parent)!r} can't be made: {error.strerror}; give a folder") from error
         remove_abandoned(parent)
         free = shutil.disk_usage(parent).free
         if free < needed:

@@ -43,9 +43,16 @@ class Header:
 
 
 def read_header(file: str | Path) -> Header:
-    """The header of a safetensors file."""
+    """The header of a safetensors file.
+
+    Raises:
+        ValueError: it is none, as a pointer of Git LFS to one.
+    """
+    size = Path(file).stat().st_size
     with Path(file).open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError(f"{file} is no safetensors file, or only a part of one")
         tensors = json.loads(opened.read(length))
     tensors.pop("__metadata__", None)
     return Header(8 + length, tensors)
