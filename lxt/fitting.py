@@ -42,19 +42,22 @@ def checked(checkpoint: Choice | None, memory: int | None) -> Choice:
 
 
 def surely_fits(model: Model, request: Request, free: int) -> bool:
-    """Whether a quarter of the memory is enough however generously one counts."""
+    """Whether half of the memory is enough however generously one counts: a forecast takes a second."""
     tokens = max((len(group) * max(len(request.rows[i]) for i in group) for group in request.groups), default=0)
     longest = max(len(row) + len(row.decoder) for row in request.rows)
     if any(parameter.is_meta for parameter in model.parameters()):
         return False
-    # Every linear map's output and input, its gradient and two temporaries, and eager attention's scores likewise.
+    # Every linear map's output and input, its gradient and two temporaries, and attention's scores likewise, where
+    # they are kept at all.
     width = sum(sum(weight.shape[-2:]) for weight in model.parameters() if weight.dim() > 1)
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 16)
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 32)
     scores = longest * heads * layers if isinstance(heads, int) and isinstance(layers, int) else longest * 512
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        scores = 0
     positions = max(sum(len(goal.positions) for goal in goals) for goals in request.goals)
     logits = positions * getattr(model.config.get_text_config(), "vocab_size", 0) // longest
-    return tokens * (width + scores + logits) * 4 * 4 <= free // 4
+    return tokens * (width + scores + logits) * 4 * 4 <= free // 2
 
 
 @dataclass(frozen=True)
