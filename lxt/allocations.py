@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lxt.accelerate_hooks import computing_device, loading_hooks
+
 __all__ = ["Allocations", "fakes", "standing_in"]
 
 aten = torch.ops.aten
@@ -87,23 +89,34 @@ class Allocations(TorchDispatchMode):
 
 @contextmanager
 def standing_in(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Meanwhile weights that are on the meta device are fake ones where they would compute, and no file is read."""
+    """Meanwhile weights that are on the meta device are fake ones where they would compute, and no file is read.
+
+    Afterwards the modules have the attributes that they had: some keep a state of their last forward.
+    """
     with ExitStack() as undo:
         for module in model.modules():
-            hook = getattr(module, "_hf_hook", None)
-            loading = next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
-            if loading is not None:
-                undo.callback(setattr, module, "_hf_hook", hook)
+            weights: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in (vars(module), *weights):
+                undo.callback(_put_back, held, dict(held))
+            device = computing_device(module)
+            if loading_hooks(module):
                 module._hf_hook = _Passive()  # type: ignore[assignment]
-            device = torch.device(getattr(loading, "execution_device", None) or "cpu")
-            for held in (module._parameters, module._buffers):
+            for held in weights:
                 for name, tensor in held.items():
                     if tensor is not None and tensor.is_meta:
                         with mode:
-                            stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                        undo.callback(held.__setitem__, name, tensor)  # pyright: ignore[reportArgumentType]
-                        held[name] = stand_in  # type: ignore[assignment]
+                            held[name] = torch.empty(  # pyright: ignore[reportArgumentType]
+                                tensor.shape, dtype=tensor.dtype, device=device
+                            )
         yield
+
+
+def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in held.keys() - before.keys():
+        del held[name]
+    for name, value in before.items():
+        if name not in held or held[name] is not value:
+            held[name] = value
 
 
 class _Passive:

@@ -135,13 +135,14 @@ class _Stream:
             def call(hidden: Tensor) -> Any:
                 return previous(module, hidden, *rest, **named)
 
-            state, chance = self._entered(module, hidden), _Chance(hidden)
+            state = self._entered(module, hidden)
+            again = None if self._is_kept(state.position + 1, hidden) else _repeatable(call, hidden)
             if state.position == self._last:
                 output = call(hidden)
             else:
                 with _instead_of(hidden, state.read):
                     output = checkpoint(call, hidden, use_reentrant=False)
-            self._left(state, chance.again(call), output)
+            self._left(state, again, output)
             return output
 
         return forward
@@ -152,18 +153,21 @@ class _Stream:
             return _State(Segment(hidden, self._offload), self._places[module], 0)
         return state
 
-    def _left(self, state: _State, call: Callable[[Tensor], Any], output: Any) -> None:
+    def _left(self, state: _State, again: Callable[[Tensor], Any] | None, output: Any) -> None:
         first = output if isinstance(output, Tensor) else output[0]
         position = state.position + 1
         if not isinstance(first, Tensor) or not first.requires_grad:
             return
-        if self._is_kept(position) or torch.is_autocast_enabled(first.device.type):  # a replay would run without it
+        if again is None:
             _remember(first, _State(Segment(first, self._offload), position, 0))
         else:
-            state.segment.calls.append(call)
+            state.segment.calls.append(again)
             _remember(first, _State(state.segment, position, state.index + 1))
 
-    def _is_kept(self, position: int) -> bool:
+    def _is_kept(self, position: int, hidden: Tensor) -> bool:
+        """Whether the state at this position is kept, and not computed from one before it."""
+        if torch.is_autocast_enabled(hidden.device.type):  # a replay would run without it
+            return True
         return position % self._length == 0 or position >= self._last // self._length * self._length
 
 
@@ -176,23 +180,18 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None
     return (hidden if isinstance(hidden, Tensor) else None), (), named
 
 
-class _Chance:
-    """The random numbers' state before a layer, for what a user's hook draws in it."""
+def _repeatable(call: Callable[[Tensor], Any], hidden: Tensor) -> Callable[[Tensor], Any]:
+    """`call` with the random numbers that come next now, which a user's hook may draw in it."""
+    devices, states = get_device_states(hidden)
+    state = torch.get_rng_state()
 
-    def __init__(self, hidden: Tensor) -> None:
-        self._devices, self._states = get_device_states(hidden)
-        self._state = torch.get_rng_state()
+    def replay(hidden: Tensor) -> Any:
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(state)
+            set_device_states(devices, states)
+            return call(hidden)
 
-    def again(self, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """`call` with the random numbers of the first time."""
-
-        def replay(hidden: Tensor) -> Any:
-            with torch.random.fork_rng(self._devices):
-                torch.set_rng_state(self._state)
-                set_device_states(self._devices, self._states)
-                return call(hidden)
-
-        return replay
+    return replay
 
 
 def _again(call: Callable[[Tensor], Any], state: Tensor) -> Tensor:

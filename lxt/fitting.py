@@ -10,21 +10,33 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 
 from lxt.checkpointing import CHECKPOINTS, Checkpoint
 from lxt.forecast import Forecast
 from lxt.inputs import Model, Row
-from lxt.memory import format_bytes, give_back_freed
+from lxt.latents import Keep
+from lxt.memory import available, format_bytes, give_back_freed, resident
 from lxt.requesting import Request
 
-__all__ = ["Choice", "Forecaster", "checked", "fitted", "in_passes", "is_out_of_memory", "largest", "surely_fits"]
+__all__ = [
+    "Choice",
+    "Forecaster",
+    "Plan",
+    "checked",
+    "fitted",
+    "in_passes",
+    "is_out_of_memory",
+    "largest",
+    "plans",
+    "surely_fits",
+]
 
 Result = TypeVar("Result")
 Choice = Literal["off", "layer", "nested", "auto"]
-Forecaster = Callable[[Sequence[int], tuple[str, ...], Checkpoint], Forecast]
+Forecaster = Callable[[Sequence[int], tuple[Keep, ...], Checkpoint], Forecast]
 """(rows that run together, latents, checkpoint) -> what they take."""
 
 
@@ -45,15 +57,17 @@ def surely_fits(model: Model, request: Request, free: int) -> bool:
     """Whether half of the memory is enough however generously one counts: a forecast takes a second."""
     tokens = max((len(group) * max(len(request.rows[i]) for i in group) for group in request.groups), default=0)
     longest = max(len(row) + len(row.decoder) for row in request.rows)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    weights = list(model.parameters())
+    if any(weight.is_meta for weight in weights):
         return False
     # Every linear map's output and input, its gradient and two temporaries, and attention's scores likewise, where
     # they are kept at all.
-    width = sum(sum(weight.shape[-2:]) for weight in model.parameters() if weight.dim() > 1)
+    width = sum(sum(weight.shape[-2:]) for weight in weights if weight.dim() > 1)
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 16)
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 32)
     scores = longest * heads * layers if isinstance(heads, int) and isinstance(layers, int) else longest * 512
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+    maps = any(keep.name in ("pattern", "flow") for keep in request.latents)
+    if getattr(model.config, "_attn_implementation", None) == "sdpa" and not maps:
         scores = 0
     positions = max(sum(len(goal.positions) for goal in goals) for goals in request.goals)
     logits = positions * getattr(model.config.get_text_config(), "vocab_size", 0) // longest
@@ -61,7 +75,9 @@ def surely_fits(model: Model, request: Request, free: int) -> bool:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """How a request may run, and what its largest group takes then."""
+
     checkpoint: Checkpoint
     groups: list[list[int]]
     forecast: Forecast
@@ -82,9 +98,8 @@ def fitted(
     Raises:
         MemoryError: it doesn't fit; says by how much, and what would.
     """
-    allowed = [how for how in CHECKPOINTS if (how != "off" or not offloaded)] if choice == "auto" else [choice]
-    tried: list[_Plan] = []
-    for plan in _plans(request, allowed, forecast, halving=choice == "auto"):
+    tried: list[Plan] = []
+    for plan in plans(request, choice, forecast, offloaded):
         tried.append(plan)
         if plan.forecast.fits:
             if any(usage.needed > usage.free // 4 for usage in plan.forecast.devices.values()):
@@ -94,14 +109,15 @@ def fitted(
     raise MemoryError(_refusal(request, tried, forecast, budget))
 
 
-def _plans(request: Request, allowed: Sequence[Any], forecast: Forecaster, halving: bool) -> Iterator[_Plan]:
-    """From the fastest to the leanest: checkpoints first, then half of the batch, and so on."""
+def plans(request: Request, choice: Choice, forecast: Forecaster, offloaded: bool) -> Iterator[Plan]:
+    """From the fastest to the leanest: checkpoints first, then half of the batch, and so on; arguments as `fitted`."""
+    allowed = (choice,) if choice != "auto" else CHECKPOINTS[1:] if offloaded else CHECKPOINTS
     groups = request.groups
     while True:
         most = largest(request.rows, groups)
         for how in allowed:
-            yield _Plan(how, groups, forecast(most, request.latents, how))
-        if not halving or len(most) == 1:
+            yield Plan(how, groups, forecast(most, request.latents, how))
+        if choice != "auto" or len(most) == 1:
             return
         size = (len(most) + 1) // 2
         groups = [group[at : at + size] for group in groups for at in range(0, len(group), size)]
@@ -112,7 +128,7 @@ def largest(rows: Sequence[Row], groups: Sequence[list[int]]) -> list[int]:
     return max(groups, key=lambda group: len(group) * max(len(rows[i]) for i in group))
 
 
-def _said(request: Request, plan: _Plan) -> str | None:
+def _said(request: Request, plan: Plan) -> str | None:
     parts = []
     if plan.checkpoint != "off":
         parts.append(f"checkpoint={plan.checkpoint!r}")
@@ -127,7 +143,7 @@ def _said(request: Request, plan: _Plan) -> str | None:
     )
 
 
-def _refusal(request: Request, tried: Sequence[_Plan], forecast: Forecaster, budget: int | None) -> str:
+def _refusal(request: Request, tried: Sequence[Plan], forecast: Forecaster, budget: int | None) -> str:
     first = min(tried, key=_excess)
     device, usage = max(first.forecast.devices.items(), key=lambda item: item[1].needed - item[1].free)
     group = largest(request.rows, first.groups)
@@ -148,6 +164,8 @@ def _refusal(request: Request, tried: Sequence[_Plan], forecast: Forecaster, bud
     if len(group) > 1:
         other = forecast(group[:1], request.latents, first.checkpoint)
         ways.append((other.fits, f"batch_size=1 ({_needs(other)})"))
+    if budget is not None and device == "cpu" and usage.needed <= available(torch.device("cpu")):
+        ways.append((True, f"memory='{-(-(resident() + usage.needed) // 2**20)}MiB'"))
     good = [way for fits, way in ways if fits]
     if good:
         return f"{start}These would fit: {', '.join(good)}"
@@ -155,7 +173,7 @@ def _refusal(request: Request, tried: Sequence[_Plan], forecast: Forecaster, bud
     return f"{start}Shorten the prompt, load the model in bfloat16, or take a machine with more memory{less}"
 
 
-def _excess(plan: _Plan) -> int:
+def _excess(plan: Plan) -> int:
     return max(usage.needed - usage.free for usage in plan.forecast.devices.values())
 
 

@@ -187,9 +187,7 @@ class _Tiles:
         self.dtype, self.wide, self.scale, self.is_causal = query.dtype, wide(query.dtype), scale, is_causal
         self.query = self._by_group(query.to(self.wide) * scale)
         self.c_out = self._by_group(c_out)
-        lse = lse.to(self.wide)
-        # a row that sees no key has P = 0, and not exp(-inf + inf)
-        self.lse = self._by_group(torch.where(lse == -torch.inf, torch.inf, lse).unsqueeze(-1))
+        self.lse = self._by_group(lse.to(self.wide).unsqueeze(-1))  # of a row that sees no key 0, so that its P is 0
         self.key = key.reshape(-1, self.keys, self.d_head)
         self.key_columns = self.key.to(self.wide).transpose(1, 2)
         self.mask = None if mask is None else mask.unsqueeze(2)

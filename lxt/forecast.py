@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from lxt import rules
+from lxt.accelerate_hooks import computing_device, loading_hooks
 from lxt.allocations import Allocations, fakes, standing_in
 from lxt.checkpointing import Checkpoint, segment_length
 from lxt.coefficients import wide
 from lxt.encdec import inputs_of
 from lxt.inputs import Model, Prepared, pads_left
-from lxt.latents import streams
+from lxt.latents import Keep, streams
 from lxt.memory import format_bytes
 from lxt.passes import traced
 from lxt.patchmap import PatchMap
@@ -108,9 +109,15 @@ class Forecast:
         from rich.table import Table
 
         prompts = f"{self.prompts} prompt{'s' if self.prompts > 1 else ''}"
+        short = [
+            f"{format_bytes(usage.needed - usage.free)} too little on {device}"
+            for device, usage in self.devices.items()
+            if usage.needed > usage.free
+        ]
         table = Table(
             title=f"{prompts} of {self.tokens} tokens, checkpoint={self.checkpoint!r}",
-            caption=f"about {_duration(self.seconds)} ({self.flops / 1e12:.3g} TFLOP)",
+            caption=f"about {_duration(self.seconds)} ({self.flops / 1e12:.3g} TFLOP)"
+            + (f"\n[red]does not fit: {', '.join(short)}[/]" if short else ""),
         )
         table.add_column("")
         for device in self.devices:
@@ -139,7 +146,7 @@ def forecast_pass(
     prompts: int,
     tokens: int,
     where: Tensor | None = None,
-    latents: Sequence[str] = (),
+    latents: Sequence[Keep] = (),
     checkpoint: Checkpoint = "off",
     steps: int = 0,
     free: Callable[[torch.device], int] | None = None,
@@ -153,7 +160,7 @@ def forecast_pass(
         prompts: how many run at once.
         tokens: of each of them, padding included.
         where: [prompt, position], the explained positions; None is the last one of each.
-        latents: names of the wanted latents.
+        latents: the wanted ones.
         checkpoint: what `patch` does, for the account.
         steps: the decoder's tokens, for encoder-decoders.
         free: what a device has left; None asks nothing.
@@ -183,7 +190,8 @@ def forecast_pass(
     forward, logits, inside = found
     kept = _checkpoints(model, patch_map, embeds, written, checkpoint)
     devices = {}
-    for place in sorted({*account.peak, *_weights(model, checkpoint, patch_map)}, key=str):
+    weights = _weights(model, checkpoint, patch_map)
+    for place in sorted({*account.peak, *weights}, key=str):
         here = place == device
         parts = {
             "checkpoints": min(kept, forward[place]) if here else 0,
@@ -195,21 +203,21 @@ def forecast_pass(
         over = max(0, sum(parts.values()) - account.peak[place])  # latents that come when the activations have gone
         parts["activations"] -= min(over, parts["activations"])
         devices[str(place)] = Usage(
-            weights=_weights(model, checkpoint, patch_map).get(place, 0),
+            weights=weights.get(place, 0),
             working=working,
             process=_FIRST_RUN if place.type == "cpu" else 0,
             free=free(place) if free is not None else 0,
             **parts,
         )
     seconds = account.flops / _rate(device, dtype) + account.moved / _bandwidth(device)
-    return Forecast(devices, prompts, tokens, checkpoint, tuple(latents), account.flops, seconds)
+    return Forecast(devices, prompts, tokens, checkpoint, tuple(keep.name for keep in latents), account.flops, seconds)
 
 
 def _measured(
     model: Model,
     prepared: Prepared,
     where: Tensor,
-    latents: Sequence[str],
+    latents: Sequence[Keep],
     patch_map: PatchMap,
     patch: Callable[[], AbstractContextManager[Any]],
     account: Allocations,
@@ -225,7 +233,8 @@ def _measured(
         gradients = torch.autograd.grad(values, leaves)
         relevance = [rules.relevance(leaf.detach(), c).cpu() for leaf, c in zip(leaves, gradients, strict=True)]
         # As `Sink.stacked`: memory is taken when it is written, a layer at a time, and each goes as its copy comes.
-        stacks = [torch.empty_like(sink.values.pop(key), device="cpu") for key in sorted(sink.values)]
+        keys = sorted(sink.values)
+        stacks = [torch.empty_like(part, device="cpu") for key in keys for part in sink.values.pop(key)]
         logits.detach().to(wide(logits.dtype)).cpu()
     del relevance
     size = sum(stack.numel() * stack.element_size() for stack in stacks)
@@ -304,12 +313,8 @@ def _weights(model: Model, checkpoint: Checkpoint, patch_map: PatchMap) -> dict[
 
 
 def _executing(model: Model) -> torch.device:
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "offload", False):
-                return torch.device(getattr(one, "execution_device", None) or "cpu")
-    return torch.device("cpu")
+    """Where weights that are brought are brought to."""
+    return next((computing_device(module) for module in model.modules() if loading_hooks(module)), torch.device("cpu"))
 
 
 @functools.lru_cache(maxsize=16)  # 50 ms each, and a machine's rates stay

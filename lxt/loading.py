@@ -192,9 +192,30 @@ def _fetched(auto: Any, name: str, what: str, **options: Any) -> Any:
         raise ValueError(f'no {what} at {name!r}: there is no such folder; give a folder, a name on the hub, or "tiny"')
     try:
         path = str(Path(name).expanduser()) if looks_local else name
+        if not Path(path).is_dir():
+            _reach_hub(path)
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # safetensors, json and tokenizers have classes of their own
         raise ValueError(_refusal(name, what, error)) from error
+
+
+def _reach_hub(name: str) -> None:
+    """Ask the hub once for a model of which nothing is in the cache: from_pretrained would go on asking for 23 s.
+
+    Raises:
+        Exception: what the network says; none where the hub answers, whatever it answers.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    if folder.is_dir() or is_offline_mode():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):
+        return
 
 
 def _looks_local(name: str) -> bool:

@@ -17,13 +17,14 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lxt.accelerate_hooks import loading_hooks
 from lxt.memory import available
 from lxt.stored import Header, read_header
 
@@ -46,7 +47,7 @@ def install(model: Any, parts: Sequence[str], keep: object = None) -> WeightRead
     Returns:
         None where nothing is offloaded.
     """
-    hooks = [(name, module, hook) for name, module in model.named_modules() for hook in _offloading_hooks(module)]
+    hooks = [(name, module, hook) for name, module in model.named_modules() for hook in loading_hooks(module)]
     if not hooks:
         return None
     reader = WeightReader(hooks[0][2].weights_map.dataset, parts, keep)
@@ -69,7 +70,7 @@ class WeightReader(Mapping[str, Tensor]):
     def __init__(self, weights: Any, parts: Sequence[str], keep: object = None) -> None:
         self.keep = keep
         self._weights, self._parts = weights, list(parts)
-        self._modules: dict[int, list[weakref.ref[nn.Module]]] = {}
+        self._modules: dict[int, list[nn.Module]] = {}
         self._current: int | None = None
         self._page_cache = _PageCache()
         ranges = byte_ranges(weights.index)
@@ -92,7 +93,7 @@ class WeightReader(Mapping[str, Tensor]):
         """Tell it of a module whose weights it hands out."""
         number = self._number(name)
         if number is not None:
-            self._modules.setdefault(number, []).append(weakref.ref(module))
+            self._modules.setdefault(number, []).append(module)
 
     def __getitem__(self, name: str) -> Tensor:
         number = self._part_of[name]
@@ -103,7 +104,7 @@ class WeightReader(Mapping[str, Tensor]):
 
     def _moves(self, before: int | None, now: int) -> None:
         if before is not None:
-            give_back(module for reference in self._modules.get(before, ()) if (module := reference()) is not None)
+            give_back(self._modules.get(before, ()))
             if self._drops:
                 self._page_cache.drop(self._ranges.get(before, ()))
         following = now + (1 if before is None or now > before else -1)
@@ -117,7 +118,7 @@ class WeightReader(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def give_back(modules: Any) -> None:
+def give_back(modules: Iterable[nn.Module]) -> None:
     """Put offloaded weights that were left in these modules back where they came from."""
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
@@ -159,6 +160,9 @@ class _PageCache:
         self._asked: queue.SimpleQueue[tuple[str, Sequence[Range]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PageCache:
+        return self  # copies of a model read the same files
+
     def read(self, ranges: Sequence[Range]) -> None:
         self._ask("POSIX_FADV_WILLNEED", ranges)
 
@@ -190,18 +194,16 @@ def _advise(asked: queue.SimpleQueue[tuple[str, Sequence[Range]] | None]) -> Non
                 os.close(descriptor)
 
 
-def _offloading_hooks(module: nn.Module) -> list[Any]:
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks: Sequence[Any] = getattr(hook, "hooks", (hook,))
-    return [hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook.weights_map, "dataset")]
-
-
-def _compute_in_pieces(head: nn.Linear, bytes: int) -> None:
+def _compute_in_pieces(head: nn.Linear, size: int) -> None:
     """Let the output projection take its rows piece by piece, forward and backward.
 
     A matmul goes over a matrix more than once. One that the page cache can't hold would be read each time.
+
+    Args:
+        head: the output projection.
+        size: of a piece, in bytes.
     """
-    rows = max(1, bytes // (head.in_features * head.weight.element_size()))
+    rows = max(1, size // (head.in_features * head.weight.element_size()))
 
     def in_pieces(module: nn.Linear, x: Tensor) -> Tensor:
         wide = x.float()  # the pieces' gradients are added up in it
@@ -213,23 +215,28 @@ def _compute_in_pieces(head: nn.Linear, bytes: int) -> None:
 
 
 def _read_rows_only(table: nn.Embedding, hook: Any) -> None:
-    """Instead of the table, give the module the rows that its ids name, and ids that count those."""
+    """Instead of the table, give its forward the rows that the ids name, and ids that count those."""
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     class RowsOnly(ModelHook):
-        offload, weights_map = True, hook.weights_map  # which transformers looks for when it saves the model
+        offload = True  # for which transformers looks when it saves the model, as for weights_map
 
-        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            ids, *rest = args if args else (kwargs.pop("input"),)
-            rows, places = ids.unique(return_inverse=True)
-            found = hook.weights_map["weight"][rows.cpu()].to(hook.execution_device, dtype)
-            module._parameters["weight"] = nn.Parameter(found, requires_grad=False)
-            return (places.to(hook.execution_device), *rest), kwargs
+        def __init__(self) -> None:
+            self.weights_map, self.execution_device = hook.weights_map, hook.execution_device
 
-        def post_forward(self, module: nn.Module, output: Any) -> Any:
-            module._parameters["weight"] = absent
-            return output
+    def rows_only(module: nn.Embedding, input: Tensor) -> Tensor:
+        if not module.weight.is_meta:
+            return type(module).forward(module, input)
+        rows, places = input.unique(return_inverse=True)
+        own = loading_hooks(module)[0]
+        found = own.weights_map["weight"][rows.cpu()].to(own.execution_device, module.weight.dtype)
+        absent, padding = module._parameters["weight"], module.padding_idx
+        try:
+            # torch asks that padding_idx be one of the rows; it matters to the weight's gradient alone.
+            module._parameters["weight"], module.padding_idx = nn.Parameter(found, requires_grad=False), None
+            return type(module).forward(module, places.to(own.execution_device))
+        finally:
+            module._parameters["weight"], module.padding_idx = absent, padding
 
-    absent = table._parameters["weight"]
-    dtype = table.weight.dtype
     add_hook_to_module(table, RowsOnly())  # takes the place of the hook that reads all of it
+    table.__dict__["_old_forward"] = MethodType(rows_only, table)

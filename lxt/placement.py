@@ -50,19 +50,19 @@ class Placement:
 
     Attributes:
         device_map: part -> "cpu", "disk", or the GPU's number, as accelerate has it.
-        bytes: part -> the size of its weights in the dtype that they are loaded in.
+        sizes: part -> bytes of its weights in the dtype that they are loaded in.
         blocks: the layers, in order.
         written: bytes that have to be written to a temporary folder.
     """
 
     device_map: dict[str, str | int]
-    bytes: dict[str, int]
+    sizes: dict[str, int]
     blocks: list[str] = field(default_factory=list)
     written: int = 0
 
     def on(self, device: str | int) -> int:
         """Bytes of weights on that device."""
-        return sum(self.bytes[part] for part, place in self.device_map.items() if place == device)
+        return sum(self.sizes[part] for part, place in self.device_map.items() if place == device)
 
     @property
     def offloaded(self) -> bool:
@@ -105,7 +105,7 @@ def load_placed(
         return fetch().to(budget.device), placement
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError(
-            f"the model has {format_bytes(sum(placement.bytes.values()))} of weights, more than the memory it may "
+            f"the model has {format_bytes(sum(placement.sizes.values()))} of weights, more than the memory it may "
             "take; placing them needs accelerate, which isn't installed: pip install 'lxt[large]'"
         )
     from lxt.offloading import install
@@ -167,10 +167,11 @@ def plan(empty: nn.Module, stored: Stored, budget: Budget) -> Placement:
             f"{format_bytes(sizes[largest] * FOR_ACTIVATIONS // (FOR_ACTIVATIONS - 1))}, or device='cpu'"
         )
     device_map = _map(empty, parts, sizes, room, here, reserve=sizes[largest])
-    on_disk = {name for name in _weights(empty) if _place(name, device_map) == "disk"}
+    weights = _weights(empty)
+    on_disk = {name for name in weights if _place(name, device_map) == "disk"}
     written = {name for name in on_disk if name not in stored.in_place}
     _refuse_too_little(empty, stored, on_disk - written, written, taken, budget.memory)
-    return Placement(device_map, sizes, blocks, sum(_weights(empty)[name] for name in written))
+    return Placement(device_map, sizes, blocks, sum(weights[name] for name in written))
 
 
 @contextmanager

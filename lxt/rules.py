@@ -116,7 +116,7 @@ class _GatedProduct(torch.autograd.Function):
         activated = activation(gate)
         ctx.stop_gate, ctx.coefficient = stop_gate, coefficient
         ctx.save_for_backward(*((activated,) if stop_gate else (gate, up)))
-        in_place = not stop_gate and activated.dtype == up.dtype and activated.shape == up.shape
+        in_place = not stop_gate and activated.dtype == up.dtype
         return activated.mul_(up) if in_place and activated is not gate else activated * up
 
     @staticmethod

@@ -52,6 +52,9 @@ class Scratch:
         self._remove = weakref.finalize(self, _remove, self.path, lock, os.getpid())
         _remove_on_sigterm(self._remove)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        return self  # a copy of the model reads the same weights, and the folder stays for both
+
     def remove(self) -> None:
         """Remove it now; harmless when done twice."""
         self._remove()

@@ -41,22 +41,17 @@ def a_tokenizer():
 
 def llama(cls=LlamaForCausalLM, **options):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        initializer_range=0.2,  # so that the layers do something
-        **{
-            "num_hidden_layers": LAYERS,
-            "max_position_embeddings": 64,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            **options,
-        },
-    )
-    return cls(config).eval()
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    others = {"bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}  # so that the layers do something
+    return cls(LlamaConfig(**sizes | others | options)).eval()
 
 
 def gpt2():

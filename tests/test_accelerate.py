@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import build, checkpointed
 from relevances import relevance, under_each
+from torch import nn
 from transformers.models.llama import modeling_llama
 
 import lxt
+from lxt.accelerate_hooks import computing_device, loading_hooks
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module, remove_hook_from_submodules  # noqa: E402
@@ -170,3 +174,13 @@ def test_hooks_run_once_and_only_their_own():
     assert "forward" not in model.model.layers[0].mlp.__dict__ or (
         model.model.layers[0].mlp.__dict__["forward"].__func__ is type(model.model.layers[0].mlp).forward
     )
+
+
+def test_where_accelerate_has_a_module_compute():
+    module = nn.Linear(2, 2)
+    assert computing_device(module) == torch.device("cpu")
+    assert loading_hooks(module) == []
+    silent, loading = SimpleNamespace(), SimpleNamespace(offload=True, execution_device="meta")
+    module._hf_hook = SimpleNamespace(hooks=(silent, loading))
+    assert computing_device(module) == torch.device("meta")
+    assert loading_hooks(module) == [loading]

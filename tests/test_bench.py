@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers  # noqa: F401  before bench is on the path, where transformers would take kernels.py for a package
 
 BENCH = Path(__file__).resolve().parent / "bench"
 MODULES = ("footprint", "packages", "starting", "subjects", "table", "timing")
@@ -20,9 +19,9 @@ def bench():
     """The scripts' modules, which import each other as scripts do."""
     sys.path.insert(0, str(BENCH))
     try:
-        yield {name: __import__(name) for name in MODULES}
+        return {name: __import__(name) for name in MODULES}
     finally:
-        sys.path.remove(str(BENCH))
+        sys.path.remove(str(BENCH))  # before a model is built, where transformers would take kernels.py for a package
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,16 @@ import pytest
 import torch
 from models import EXAMPLES, build
 from small import LAYERS, PROMPTS, VOCABULARY, a_tokenizer, bert, gpt2, llama, t5
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 import lxt
 from lxt.attributor import Attributor
-from lxt.forecast import Forecast
+from lxt.forecast import Forecast, Usage
 
 BENCH = Path(__file__).parent / "bench" / "forecast.py"
 
@@ -146,6 +151,35 @@ def test_the_table(capsys):
         assert word in str(forecast)
     assert isinstance(forecast, Forecast)
     assert VOCABULARY * 4 == forecast.devices["cpu"].logits
+
+
+def test_the_table_says_what_is_too_little():
+    usages = {"cpu": Usage(working=2**30, free=2**31), "cuda:0": Usage(working=2**31, free=2**30)}
+    said = " ".join(str(Forecast(usages, 1, 5, "off", (), 10**12, 1.0)).split())
+    assert "does not fit: 1.0 GiB too little on cuda:0" in said
+    usages["cuda:0"] = usages["cpu"]
+    assert "fit" not in str(Forecast(usages, 1, 5, "off", (), 10**12, 1.0))
+
+
+def test_a_state_that_a_model_keeps_is_not_a_forecasts():
+    model = recurrent_gemma()
+    explainer = Attributor(model)
+    explainer.forecast([1, 2, 3, 4])
+    assert model.model.layers[0].temporal_block.rg_lru.recurrent_states is None
+    explainer.attribute([1, 2, 3, 4])
+    state = model.model.layers[0].temporal_block.rg_lru.recurrent_states
+    assert state is not None
+    explainer.forecast([1, 2, 3, 4])
+    assert model.model.layers[0].temporal_block.rg_lru.recurrent_states is state
+
+
+def recurrent_gemma():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "lru_width": 32, "intermediate_size": 96}
+    config = RecurrentGemmaConfig(
+        vocab_size=60, num_hidden_layers=3, num_attention_heads=4, attention_window_size=16, **sizes
+    )
+    return RecurrentGemmaForCausalLM(config).eval()
 
 
 def test_what_depends_on_numbers_is_said():

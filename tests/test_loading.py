@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from small import a_tokenizer, bert, gpt2, llama
 from transformers import (
     BertForSequenceClassification,
 )
 
 import lxt
-from lxt.attributor import load
+from lxt.opening import load
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,49 @@ def test_load_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
     with pytest.raises(ValueError, match=r"cannot load the model 'nobody/nothing': .* connect\); check the name"):
         load("nobody/nothing")
+
+
+def test_the_hub_is_asked_once_for_what_is_not_in_the_cache(tmp_path, monkeypatch):
+    # from_pretrained by itself asks six times, 23 seconds in all.
+    asked, fetched = [], []
+
+    def unreachable(url, **options):
+        asked.append(url)
+        raise ConnectionError("no network")
+
+    def fetch(name, **options):
+        fetched.append(name)
+        raise OSError("no such model")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fetch)
+    with pytest.raises(ValueError, match=r"'tinyy': did you mean \"tiny\"\? It is neither .* \(no network\)"):
+        load("tinyy")
+    assert (len(asked), fetched) == (1, [])
+
+    def answers(url, **options):
+        # Its __init__ wants a response, which is of another package in each version.
+        raise HfHubHTTPError.__new__(HfHubHTTPError)
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", answers)
+    with pytest.raises(ValueError, match="no such model"):
+        load("nobody/nothing")
+    assert fetched == ["nobody/nothing"]  # which knows what the answer means
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    (tmp_path / "models--nobody--something").mkdir()
+    with pytest.raises(ValueError, match="no such model"):
+        load("nobody/something")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="no such model"):
+        load("tinyy")
+    assert len(asked) == 1
+
+
+def test_checkpoints_are_chosen_when_loading():
+    assert load(llama(), checkpoint="nested").checkpoint == "nested"
+    assert load("tiny", checkpoint="layer", memory="64GiB").checkpoint == "layer"
+    assert load("tiny", memory="64GiB").checkpoint == "auto"
+    with pytest.raises(ValueError, match="unknown checkpoint 'some'; allowed: off, layer, nested, auto"):
+        load("/no/such/folder", checkpoint="some")

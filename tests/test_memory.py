@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 from models import build
@@ -10,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint  # noqa: F401  loads what its first call would
 
 import lxt
-from lxt import fitting, planning
+from lxt import checkpointing, fitting, planning
 from lxt.attributor import Attributor
 from lxt.checkpointing import Segment, checkpointed, segment_length
 from lxt.latents import residual_layers
@@ -38,6 +43,14 @@ def test_checkpointing_is_exact(checkpoint, rules, latents):
     equal(out, expected)
     assert forwards == {name: module.__dict__.get("forward") for name, module in model.named_modules()}
     assert not model.training
+
+
+@pytest.mark.parametrize(("checkpoint", "times"), [("layer", 0), ("nested", 6)])
+def test_the_random_numbers_state_is_kept_where_a_layer_may_run_for_its_output(checkpoint, times, monkeypatch):
+    taken = []
+    monkeypatch.setattr(checkpointing, "get_device_states", lambda x: taken.append(1) or ([], []))
+    Attributor(llama(**ELEVEN), checkpoint=checkpoint).attribute(PROMPTS[0])
+    assert len(taken) == times  # of eleven layers in segments of four, the last of them left alone: 3 + 3
 
 
 @pytest.mark.parametrize("checkpoint", ["layer", "nested"])
@@ -69,12 +82,14 @@ def kept(model, checkpoint, latents=()):
 
 
 def test_nested_keeps_square_root_and_taps_keep_nothing():
-    model = llama(num_hidden_layers=65, max_position_embeddings=128)
-    assert segment_length(65) == 9
-    bare, nested, layer = (kept(model, how) for how in ("off", "nested", "layer"))
-    assert nested < 30 < 60 < layer < 70 < bare  # of which the last layer's, which keeps all, are few: it is narrow
-    for how in ("nested", "layer"):
-        assert kept(model, how, ("residual",)) < kept(model, how) + 3  # the last layer has a tap, and runs in full
+    layers = 17
+    model = llama(num_hidden_layers=layers, max_position_embeddings=128)
+    assert segment_length(layers) == 5
+    for how, states in (("nested", 5), ("layer", layers)):
+        bare, tapped = kept(model, how), kept(model, how, ("residual",))
+        assert states <= bare < states + 1  # of which the last layer's, which keeps all, are few: it is narrow
+        assert bare <= tapped < bare + 3  # the last layer has a tap, and runs in full
+    assert kept(model, "off") > 5 * layers
 
 
 def test_a_state_that_changes_between_layers_is_kept():
@@ -193,6 +208,36 @@ def test_a_budget_chooses_and_says_so(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(MemoryError, match=r"within memory=1\.0 MiB"):
         Attributor(model, memory="1MiB").attribute(LONG)
+
+
+def test_each_choice_is_said_once(monkeypatch):
+    chosen = iter(["layer", "layer", "nested", "layer"])
+
+    def fitted(request, *_):
+        how = next(chosen)
+        return replace(request, checkpoint=how), f"checkpoint={how!r}; takes about {time.perf_counter()}"
+
+    monkeypatch.setattr(planning, "fitted", fitted)
+    monkeypatch.setattr(planning, "surely_fits", lambda *_: False)
+    explainer = Attributor(llama(), memory="64GiB")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            explainer.attribute(PROMPTS[0])
+    assert [str(one.message).partition(";")[0] for one in said] == ["checkpoint='layer'", "checkpoint='nested'"]
+    assert {one.filename for one in said} == {__file__}
+
+
+def test_a_larger_budget_is_named_where_there_is_one(monkeypatch):
+    model = llama()
+    with pytest.raises(MemoryError, match=r"These would fit: memory='\d+MiB'") as error:
+        Attributor(model, memory="1MiB", checkpoint="nested").attribute(PROMPTS[0])
+    enough = parse_bytes(re.search(r"memory='(.*?)'", str(error.value))[1])
+    Attributor(model, memory=enough + 2**24).attribute(PROMPTS[0])  # and what this process took meanwhile
+    monkeypatch.setattr(fitting, "available", lambda device: 0)
+    with pytest.raises(MemoryError, match="Shorten the prompt") as error:
+        Attributor(model, memory="1MiB", checkpoint="nested").attribute(PROMPTS[0])
+    assert "memory='" not in str(error.value)
 
 
 def failing(times, real):

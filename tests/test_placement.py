@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import os
-import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -20,12 +18,13 @@ from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCau
 
 import lxt
 from lxt import offloading, placement
-from lxt.attributor import load
+from lxt.accelerate_hooks import loading_hooks
 from lxt.loading import model_of
 from lxt.memory import resident
 from lxt.offloading import WeightReader, byte_ranges
+from lxt.opening import load
 from lxt.placement import Budget, blocks_of, plan
-from lxt.scratch import Scratch, remove_abandoned
+from lxt.scratch import Scratch
 from lxt.stored import Stored, stored_weights
 
 pytest.importorskip("accelerate")
@@ -183,7 +182,7 @@ def test_experts_are_stacked_in_a_folder_that_goes_with_the_model(tmp_path):
 
 
 def reader_of(model) -> WeightReader:
-    return next(hook.weights_map.dataset for module in model.modules() for hook in offloading._offloading_hooks(module))
+    return next(hook.weights_map.dataset for module in model.modules() for hook in loading_hooks(module))
 
 
 def test_files_that_are_not_safetensors_are_written_once(tmp_path):
@@ -213,6 +212,48 @@ def test_interrupted_it_stays_usable_and_unpatched(folder):
         handle.remove()
         assert lxt.patching.rules_of(model) is None
         assert torch.equal(explainer.attribute(PROMPTS).relevance, expected)
+
+
+def test_interrupted_inside_the_embedding_its_rows_are_gone(folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    table = model_of(str(folder), None, starved()).eval().get_input_embeddings()
+    monkeypatch.setattr(nn.functional, "embedding", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        table(torch.tensor([[5, 9]]))
+    assert table.weight.is_meta
+    assert table.weight.shape == (300, 32)
+
+
+def test_a_padding_token_that_the_prompt_lacks(tmp_path):
+    # torch wants it among the rows of the table.
+    model = llama(pad_token_id=250)
+    assert model.get_input_embeddings().padding_idx == 250
+    plain, placed = both("llama", saved(model, tmp_path / "model"))
+    assert torch.equal(placed.relevance, plain.relevance)
+
+
+def test_a_deep_copy_reads_the_same_files(folder):
+    model = model_of(str(folder), None, starved()).eval()
+    expected = lxt.Attributor(model).attribute(PROMPTS).relevance
+    copied = copy.deepcopy(model)
+    assert torch.equal(lxt.Attributor(copied).attribute(PROMPTS).relevance, expected)
+    served = {module for modules in reader_of(copied)._modules.values() for module in modules}
+    assert served
+    assert served <= set(copied.modules())  # it gives back what is left in its own
+    del model
+    gc.collect()
+    assert torch.equal(lxt.Attributor(copied).attribute(PROMPTS).relevance, expected)
+
+
+def test_a_deep_copy_keeps_the_folder_of_weights(tmp_path):
+    scratch = Scratch(tmp_path, 0)
+    copied = copy.deepcopy({"keep": scratch})
+    del scratch
+    assert len(list(tmp_path.iterdir())) == 1
+    del copied
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -319,66 +360,6 @@ def test_a_load_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         model_of(str(folder), None, starved(), tmp_path / "offload")
     assert list((tmp_path / "offload").iterdir()) == []
-
-
-HOLDS = """
-import sys, time
-from pathlib import Path
-from lxt.scratch import Scratch
-scratch = [Scratch(Path(sys.argv[1]), 0) for _ in range(2)]
-for one in scratch:
-    (one.path / "weights").write_text("w")
-print("ready", flush=True)
-if len(sys.argv) < 3:
-    time.sleep(60)
-"""
-
-
-def holding(parent, *more):
-    child = subprocess.Popen([sys.executable, "-c", HOLDS, str(parent), *more], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ready\n"
-    return child
-
-
-def test_nothing_is_left_at_exit_and_after_sigterm(tmp_path):
-    assert holding(tmp_path, "exit").wait(30) == 0
-    assert list(tmp_path.iterdir()) == []
-    child = holding(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-    child.terminate()
-    assert child.wait(30) == -signal.SIGTERM
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next_and_no_other(tmp_path):
-    killed, alive = holding(tmp_path), None
-    theirs = set(tmp_path.iterdir())
-    killed.kill()
-    killed.wait(30)
-    try:
-        assert set(tmp_path.iterdir()) == theirs
-        alive = holding(tmp_path)  # removes them
-        assert not theirs & set(tmp_path.iterdir())
-        (tmp_path / "somebody's").mkdir()
-        assert remove_abandoned(tmp_path) == []
-        assert len(list(tmp_path.iterdir())) == 3
-    finally:
-        if alive is not None:
-            alive.kill()
-            alive.wait(30)
-
-
-def test_a_programs_own_sigterm_handler_is_left_alone(tmp_path):
-    mine = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        handler = signal.getsignal(signal.SIGTERM)
-        scratch = Scratch(tmp_path, 0)
-        assert signal.getsignal(signal.SIGTERM) is handler
-        scratch.remove()
-        scratch.remove()
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        signal.signal(signal.SIGTERM, mine)
 
 
 def test_by_load(folder, tmp_path):

@@ -17,9 +17,8 @@ from quantisers import (
     torchao_8bit,
     torchao_8bit_activations,
 )
-from small import assert_close, by_hand
+from small import assert_close, by_hand, llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lxt
 from lxt.composites import ATTN_LRP, Gamma
@@ -31,17 +30,8 @@ SIMILAR = {8: 0.995, 4: 0.85}
 
 def a_model() -> nn.Module:
     """Wide enough for the group sizes of the quantisation libraries."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.08,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 60, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    return llama(**sizes, initializer_range=0.08)
 
 
 def written_out(quantised: nn.Module) -> nn.Module:

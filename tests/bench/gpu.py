@@ -33,6 +33,7 @@ import gpu_report  # noqa: E402
 import torch  # noqa: E402
 from gpu_cases import Sizes  # noqa: E402
 from gpu_rows import RESTART, Rows, read  # noqa: E402
+from subjects import Shape  # noqa: E402
 
 # Transformers would take kernels.py here for the package of that name.
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != HERE]
@@ -45,7 +46,7 @@ ODD = Sizes(tokens=37, hidden=1000, mlp=333, heads=6, kv_heads=2, width=80)  # t
 class Sized:
     """Everything that a dry run makes smaller."""
 
-    shape: gpu_model.Shape = gpu_model.LLAMA_8B
+    shape: Shape = gpu_model.LLAMA_8B
     square: int = 8192
     copied: int = 2**32
     products: int = 2048  # tokens
@@ -65,7 +66,7 @@ class Sized:
 
 
 TINY = Sized(
-    shape=gpu_model.Shape(layers=2, hidden=32, mlp=48, heads=4, kv_heads=2, vocabulary=61),
+    shape=Shape(layers=2, hidden=32, mlp=48, heads=4, kv_heads=2, vocabulary=61),
     square=64,
     copied=2**12,
     products=16,

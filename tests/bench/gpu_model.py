@@ -11,7 +11,6 @@ attention computes again in its backward is not counted.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import re
@@ -26,11 +25,12 @@ from typing import Any
 import torch
 from gpu_rows import READY, Clock, Rows, summary
 from gpu_upstream import patched_by_upstream
+from subjects import Shape, config, made_in, shared_copy
 from torch import Tensor, nn
 
 import lxt
 
-__all__ = ["LLAMA_8B", "Shape", "attribution", "compiled", "graphs", "long_contexts", "operations"]
+__all__ = ["LLAMA_8B", "attribution", "compiled", "graphs", "long_contexts", "operations"]
 
 MODES = ("off", "exact", "fast")
 # By their names: matrix products and attention, torch's and ours. All others only move numbers.
@@ -39,18 +39,6 @@ PRODUCTS = re.compile(
     re.IGNORECASE,
 )
 Step = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a Llama; the width of a head is hidden / heads."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
 
 
 LLAMA_8B = Shape(layers=32, hidden=4096, mlp=14336, heads=32, kv_heads=8, vocabulary=128256)
@@ -68,27 +56,14 @@ def operations(shape: Shape, tokens: int, rules: str | None) -> float:
 
 def build(shape: Shape, device: torch.device) -> Any:
     """The model in bf16, its weights made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            torch.manual_seed(0)
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    with made_in(torch.bfloat16), torch.device(device):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            config(shape, max_position_embeddings=131072, rope_parameters=rope, tie_word_embeddings=False)
+        )
     for name, parameter in model.named_parameters():  # whatever this version of transformers makes of them
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.02)
@@ -97,11 +72,6 @@ def build(shape: Shape, device: torch.device) -> Any:
         assert parameter.dtype == torch.bfloat16, name
     model.set_attn_implementation("sdpa")
     return model.eval().requires_grad_(False)
-
-
-def shared_copy(model: Any) -> Any:
-    """A model of its own with the same weights in memory."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def prompt(model: Any, tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What labelling costs beyond attribution itself: ratios of times, interleaved in one process, medians.
+"""What labelling costs beyond attribution itself: ratios of processor times, interleaved in one process, medians.
 
     python tests/bench/labelling.py [--layers 12 --hidden 1024 --length 256 --rounds 5]
 
@@ -50,7 +50,7 @@ def main() -> None:
     model = LlamaForCausalLM(config).eval()
     explainer = lxt.Attributor(model)
     explainer.tokenizer = Tokenizer()
-    scorer = Scorer(explainer, tuple(range(asked.layers)), 20, asked.batch)
+    scorer = Scorer(explainer, tuple(range(asked.layers)), 20, asked.batch, asked.length)
     ids = torch.randint(2, asked.vocabulary, (asked.windows, asked.length)).tolist()
     block = Block(0, tuple(Window(i, str(i), 0, tuple(row)) for i, row in enumerate(ids)))
     plain = lxt.Attributor(model)
@@ -82,10 +82,10 @@ def main() -> None:
     times = {name: [] for name in cases}
     for round_ in range(asked.rounds + 1):
         for name, case in cases.items():
-            start = time.perf_counter()
+            start = time.process_time()
             case()
             if round_:  # the first warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     for name, values in times.items():
         ratios = [value / base for value, base in zip(values, times["all"], strict=True)]
         low, high = min(ratios), max(ratios)

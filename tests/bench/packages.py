@@ -6,7 +6,6 @@ declare to need: that would bring another build of torch. UPSTREAM_LXT names ano
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import sys
@@ -20,9 +19,10 @@ from typing import Any
 
 import methods
 from gpu_upstream import patched_by_upstream
+from subjects import shared_copy
 from torch import Tensor
 
-__all__ = ["STEPS", "NotInstalled", "captum", "inseq", "shared_copy", "upstream"]
+__all__ = ["STEPS", "NotInstalled", "captum", "inseq", "upstream"]
 
 APART = Path(sys.prefix) / "apart-bench"
 UPSTREAM = Path(sys.prefix) / "apart-upstream"
@@ -88,11 +88,6 @@ def inseq(model: Any, tokens: int) -> Explained:
             yield partial(explainer.attribute, prompt, f"{prompt} w2", show_progress=False)
 
     return case
-
-
-def shared_copy(model: Any) -> Any:
-    """A model of its own with the same weights in memory."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _last_logits(model: Any, embeds: Tensor) -> Tensor:

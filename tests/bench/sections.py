@@ -15,7 +15,7 @@ import methods
 import packages
 import starting
 import torch
-from subjects import GROUPED, LLAMA_1B, WIDE, Shape, build, embeddings
+from subjects import GROUPED, LLAMA_1B, WIDE, Shape, build, embeddings, shared_copy
 from table import Row, Table
 from timing import Case, Timing, interleaved
 
@@ -256,7 +256,7 @@ def other_packages(sizes: Sizes, seconds: float) -> Table:
     inseq, missing = "Inseq's input_x_gradient, per explained token", []
     try:
         # a model of its own: what Inseq does to the one it is given must not reach the others
-        quick[inseq] = packages.inseq(packages.shared_copy(model), sizes.tokens)
+        quick[inseq] = packages.inseq(shared_copy(model), sizes.tokens)
     except packages.NotInstalled as error:
         missing.append(Row(inseq, note=f"{error}; an earlier measurement of 0.7.1 gave 1.12"))
     timings = interleaved(quick, PLAIN, seconds / 4, sizes.rounds)

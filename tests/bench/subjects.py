@@ -1,12 +1,15 @@
-"""For cpu.py: the models that are timed, and the machine that they run on.
+"""For cpu.py and gpu.py: the models that are timed, and the machine that they run on.
 
 Weights are random: time and memory need no trained ones.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPED", "LLAMA_1B", "TINY", "WIDE", "Shape", "build", "embeddings", "machine"]
+__all__ = [
+    "GROUPED",
+    "LLAMA_1B",
+    "TINY",
+    "WIDE",
+    "Shape",
+    "build",
+    "config",
+    "embeddings",
+    "machine",
+    "made_in",
+    "shared_copy",
+]
 
 
 @dataclass(frozen=True)
@@ -38,29 +53,45 @@ TINY = Shape(layers=1, hidden=64, mlp=176, heads=4, kv_heads=2, vocabulary=64)
 
 def build(shape: Shape, dtype: torch.dtype) -> Any:
     """A Llama with frozen weights, made in `dtype` at once, so that building takes no more memory than the model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
+    with made_in(dtype):
+        model = LlamaForCausalLM(config(shape, max_position_embeddings=16384, tie_word_embeddings=True))
+    return model.eval().requires_grad_(False)
+
+
+def config(shape: Shape, **options: Any) -> Any:
+    """A Llama's; `options` are further ones of LlamaConfig."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        bos_token_id=0,
+        eos_token_id=1,
+        **options,
+    )
+
+
+@contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Meanwhile new tensors have that dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=shape.hidden,
-                intermediate_size=shape.mlp,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                vocab_size=shape.vocabulary,
-                max_position_embeddings=16384,
-                tie_word_embeddings=True,
-                bos_token_id=0,
-                eos_token_id=1,
-            )
-        )
+        yield
     finally:
         torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False)
+
+
+def shared_copy(model: Any) -> Any:
+    """A model of its own with the same weights in memory."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def embeddings(model: Any, tokens: int) -> Tensor:
