@@ -49,8 +49,13 @@ def test_label_writes_a_folder_and_goes_on(run, corpus, tmp_path):
     assert found.layers == [1, 3]
     assert len((out / "labels.jsonl").read_text().splitlines()) == 640
     assert found.manifest["counts"]["bad"] == 1
-    status, again, _ = run(*options, "--skip-bad")
+    assert ("no tables for pandas" in err) != (out / "contexts").is_dir()
+    status, again, _ = run(*options, "--skip-bad", "--memory", "64GiB")
     assert (status, again) == (0, printed)
+    status, printed, err = run(*options, "--skip-bad", "--latent", "head", "--out", tmp_path / "heads")
+    assert status == 0, err
+    assert "head" in printed
+    assert lxt.neurons.load(tmp_path / "heads").count(3) == 4
     status, _, err = run(*options, "--skip-bad", "--batch-size", 3)
     assert status == 1
     assert "holds results of something else: batch_size was 2 and is now 3" in err
@@ -59,9 +64,9 @@ def test_label_writes_a_folder_and_goes_on(run, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layers", "9"], "there is no layer 9; LlamaForCausalLM has layers 0 to 3"),
+        (["--layers", "9"], "of layer 9, and the model has the layers 0 to 3"),
         (["--layers", "a"], "layers are written as 3,7 or 0-5, not 'a'"),
-        (["--latent", "head"], "unknown latent 'head'; labelled are: neuron"),
+        (["--latent", "value"], "'value' can't be labelled; those that can are: neuron, head"),
         (["--by", "size"], "by relevance or activation, not by 'size'"),
         (["--unit", "page"], "unknown unit 'page' of text files"),
         (["--target", "no such word"], "the target 'no such word' is"),
@@ -75,6 +80,22 @@ def test_errors_are_one_line(run, corpus, tmp_path, options, message):
     assert not out
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_files_of_other_kinds_are_said(run, corpus, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("My cats love my dogs.")
+    for name in ("b.csv", "b.json"):
+        (folder / name).write_text("[]")
+    options = ["--layers", "2", "--top", 1, "--length", 40]
+    status, _, err = run("label", "tiny", "--corpus", folder, "--out", tmp_path / "out", *options)
+    assert status == 0, err
+    assert "left out 2 files of the folder that are no .jsonl, .parquet, .txt" in err
+    assert "2 files left out" in (tmp_path / "out" / "index.html").read_text()
+    status, _, err = run("label", "tiny", "--corpus", folder / "b.csv", "--out", tmp_path / "other", *options)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "b.csv is no .jsonl, .parquet, .txt" in err
 
 
 def test_no_corpus_there(run, tmp_path):
@@ -129,10 +150,13 @@ def pages(tmp_path_factory):
 
 def test_hostile_text_stays_text(pages):
     allowed = {"html", "meta", "title", "style", "body", "h1", "h2", "p", "a", "table", "tr", "td", "th", "details"}
-    allowed |= {"summary", "b", "span", "bdi", "mark"}
+    allowed |= {"summary", "b", "span", "bdi", "mark", "head", "nav", "div", "thead", "tbody", "script"}
     for page in pages.glob("*.html"):
         text, tags = page.read_text(), parsed(page)
         assert set(tags.tags) <= allowed
+        assert (
+            tags.tags.count("script") == tags.tags.count("style") == 1
+        )  # ours, which the policy knows by their hashes
         assert "default-src 'none'" in text
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", text)
     assert any("<img src=x" in data for data in tags.data)  # the document's name, as text

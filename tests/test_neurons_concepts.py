@@ -1,6 +1,7 @@
 """The bundled model: neurons of planted concepts are found, and keep to their concept on words that found nothing."""
 
 import random
+from statistics import mean
 
 import pytest
 
@@ -38,12 +39,20 @@ def precision(neuron: Neuron, concept: str) -> float:
 @pytest.mark.parametrize("concept", CONCEPTS)
 def test_neurons_of_a_concept_are_found_and_keep_to_it(both, concept):
     here, there = both
-    found = [neuron for _, neuron in here.find(CONCEPTS[concept], top=NEURONS)]
-    assert all(precision(neuron, concept) >= 0.8 for neuron in found)
-    again = [precision(there[neuron.layer, neuron.number], concept) for neuron in found]
+    found = [neuron for _, neuron in here.find(CONCEPTS[concept], top=TOP)]
     rng = random.Random(0)
-    drawn = [there[rng.choice(there.layers), rng.randrange(there.count(0))] for _ in range(10 * NEURONS)]
-    by_chance = sum(precision(neuron, concept) for neuron in drawn) / len(drawn)
-    print(f"{concept}: {sum(again) / NEURONS:.3f} on held-out words, random neurons {by_chance:.3f}")
-    assert sum(again) / NEURONS >= 0.8
-    assert by_chance <= 0.2
+    drawn = [(rng.choice(there.layers), rng.randrange(there.count(0))) for _ in range(10 * TOP)]
+    again = [precision(there[neuron.layer, neuron.number], concept) for neuron in found]
+    by_chance = [precision(there[key], concept) for key in drawn]
+
+    # of the contexts: what share of the 20 best of a found neuron is of the concept
+    contexts, random_contexts = mean(again[:NEURONS]), mean(by_chance)
+    # of the neurons: what share of the 20 found is of the concept, which is in most of its contexts
+    neurons, random_neurons = (mean(share >= 0.5 for share in shares) for shares in (again, by_chance))
+    print(f"{concept}: contexts {contexts:.3f}, by chance {random_contexts:.3f}")
+    print(f"{concept}: neurons {neurons:.3f}, by chance {random_neurons:.3f}")
+    assert all(precision(neuron, concept) >= 0.8 for neuron in found[:NEURONS])
+    assert contexts >= 0.8
+    assert neurons >= 0.8
+    assert random_contexts <= 0.2
+    assert random_neurons <= 0.2

@@ -1,7 +1,9 @@
 """Reading a corpus: every format, every kind of bad row, and windows that lose no token."""
 
+import errno
 import gzip
 import json
+import os
 import random
 
 import pytest
@@ -62,7 +64,24 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}))
     (tmp_path / "a.txt").write_text("two")
     (tmp_path / "notes.md").write_text("not read")
-    assert read(Corpus(tmp_path)) == [("a.jsonl:1", "one"), ("a.txt:1", "two"), ("b/x.txt:1", "three")]
+    corpus = Corpus(tmp_path)
+    for _ in range(2):
+        assert read(corpus) == [("a.jsonl:1", "one"), ("a.txt:1", "two"), ("b/x.txt:1", "three")]
+        assert corpus.left_out == 1
+    corpus.source = tmp_path / "a.txt"
+    read(corpus)
+    assert corpus.left_out == 0
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.json", "c.txt.gz", "c"])
+def test_a_file_of_another_kind_is_refused_before_anything_is_read(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('a,"text"\n')
+    for reads in (Corpus.fingerprint, read):
+        with pytest.raises(ValueError, match=rf"{name} is no \.jsonl, \.parquet, \.txt, which .* rename it to \.txt"):
+            reads(Corpus(path))
+    path.rename(tmp_path / "c.TXT")
+    assert read(Corpus(tmp_path / "c.TXT")) == [("c.TXT:1", 'a,"text"')]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
@@ -180,7 +199,8 @@ def test_blocks_are_numbered_and_full_but_the_last():
         assert [len(block.windows) for block in dealt] == [3, 3, 1]
     reading.done = frozenset({0, 2})
     assert list(reading) == [dealt[1]]
-    assert reading.counts == {"documents": 7, "cut": 0, "too_short": 0, "windows": 7, "bad": 0, "first_bad": []}
+    read = {"documents": 7, "cut": 0, "too_short": 0, "windows": 7}
+    assert reading.counts == read | {"bad": 0, "first_bad": [], "files_left_out": 0}
 
 
 def test_documents_are_read_one_at_a_time(tmp_path):
@@ -191,3 +211,72 @@ def test_documents_are_read_one_at_a_time(tmp_path):
     assert next(found).text == "two"
     with pytest.raises(BadRow, match="line 3"):
         next(found)
+
+
+def test_special_tokens_in_a_text_are_part_of_it():
+    tokenizer, counts = a_tokenizer(), Counts()
+    texts = ["<s><s>cats", "<s>" * 20, "cats</s>dogs"]
+    found = list(windows(Corpus(texts), tokenizer, 6, counts))  # no text has so many in front that nothing fits
+    for number, text in enumerate(texts):
+        own = [window for window in found if window.document == str(number)]
+        assert [window.prefix for window in own] == [1] * len(own)
+        ids = tokenizer(text)["input_ids"][1:]
+        assert [token for window in own for token in window.ids[1:]] == ids
+        assert [window.start for window in own] == list(range(0, len(ids), 5))
+
+
+def test_names_of_files_and_folders_may_be_any(tmp_path):
+    name = os.fsdecode(b"\xff.TXT")
+    try:
+        (tmp_path / name).write_text("one")
+    except OSError:
+        pytest.skip("this file system wants names in UTF-8")
+    (tmp_path / "b.JSONL").write_text('{"text": "two"}')
+    assert read(Corpus(tmp_path)) == [("b.JSONL:1", "two"), ("\ufffd.TXT:1", "one")]
+    assert Corpus(tmp_path).fingerprint()
+
+
+def test_folders_that_cannot_be_read_are_no_empty_ones(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b").mkdir()
+    real = os.scandir
+
+    def refused(path):
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*b'"):
+        read(Corpus(tmp_path))
+
+
+def test_a_number_of_too_many_digits_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "n": ' + "9" * 5000 + '}\n{"text": "two"}')
+    with pytest.raises(BadRow, match=r"a\.jsonl, line 1: no valid JSON"):
+        read(Corpus(path))
+    assert read(Corpus(path, skip_bad=True)) == [("a.jsonl:2", "two")]
+
+
+def test_parquet_with_bytes_that_are_no_text_or_damaged(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    rows = arrow.array([b"one", b"\xff", b"two"], arrow.binary())
+    parquet.write_table(arrow.table({"text": arrow.Array.from_buffers(arrow.string(), 3, rows.buffers())}), path)
+    with pytest.raises(BadRow, match=r"a\.parquet, row 2: the column 'text' has no valid UTF-8 at byte 0"):
+        read(Corpus(path))
+    assert read(Corpus(path, skip_bad=True)) == [("a.parquet:1", "one"), ("a.parquet:3", "two")]
+    parquet.write_table(arrow.table({"text": [f"text {number}" for number in range(3000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[200:2000] = bytes(byte ^ 0x5A for byte in content[200:2000])
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"a\.parquet can't be read after row 0 .*leave it out"):
+        read(Corpus(path, skip_bad=True))
+
+
+def test_what_can_be_read_only_once_is_refused():
+    with pytest.raises(TypeError, match="a list of texts, not generator; it is read more than once"):
+        Corpus(text for text in ["one"])

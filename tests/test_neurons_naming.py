@@ -109,6 +109,19 @@ def test_a_planted_neuron_gets_its_token_as_name(planted):
     assert " cats" in str(neuron.contexts["activation", "positive"][0])
 
 
+def test_finding_takes_a_word_and_gives_no_neuron_without_one(planted):
+    assert [neuron.number for _, neuron in planted.find("cats")] == [n.number for _, n in planted.find(["cats"])]
+    assert all(share > 0 for share, _ in planted.find(" cats", top=100))
+    assert planted.find("cats", top=1)[0][0] == 1.0
+    for nothing in (["zzz"], "zzz", []):
+        assert planted.find(nothing) == []
+
+
+def test_printed_it_is_a_line(planted):
+    tokens = f"{planted.tally.tokens:,}"
+    assert repr(planted) == str(planted) == f"Neurons(layers 1; 48 neurons; {tokens} tokens)"
+
+
 def test_contexts_say_where_they_stand(planted):
     found = planted
     context = found[1, 7].contexts["activation", "positive"][0]

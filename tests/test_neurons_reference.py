@@ -5,6 +5,7 @@ for all predictions gives follows from the linearity of the backward, and is wha
 """
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from equations import Float64
 from small import a_tokenizer, gpt2, llama
 
 import lxt
+from lxt.inputs import Row, pads_left
 from lxt.neurons.measuring import KINDS, SIGNS
 from lxt.neurons.running import label
+from lxt.neurons.scoring import _CPU_BATCH, _groups
 
 TEXTS = [
     "I have 5 cats",
@@ -120,12 +123,51 @@ def is_tie(rows, place, neuron, wanted):
     return rows[place - 1][neuron] == pytest.approx(wanted, rel=CLOSE, abs=1e-12)
 
 
+def test_contexts_name_the_token_of_their_document():
+    """Also where a window begins with a special token that the text itself holds."""
+    explainer = lxt.load(llama(), a_tokenizer())
+    text = "I have 5 cats and 3 dogs.</s>My cats love to play</s></s>"
+    ids = explainer.tokenizer(text)["input_ids"][1:]
+    found = label(explainer, [text], layers=[0], length=ids.index(explainer.tokenizer.eos_token_id) + 1)
+    starts = [window.ids[window.prefix] for window in found.tally.windows]
+    assert starts.count(explainer.tokenizer.eos_token_id) == 1
+    for context in (context for neuron in found for contexts in neuron.contexts.values() for context in contexts):
+        assert found.pieces[ids[context.token]] == context.peak
+
+
 def test_batches_and_padding_make_no_difference():
     explainer = lxt.load(llama().double(), a_tokenizer())
     with Float64():
         one, other = (label(explainer, TEXTS, length=LENGTH, batch_size=size, top=K) for size in (1, 4))
     for key, top in one.tally.tops.items():
         torch.testing.assert_close(top.score, other.tally.tops[key].score, rtol=CLOSE, atol=1e-12)
+
+
+def padded(groups, lengths):
+    return sum(len(group) * max(lengths[i] for i in group) for group in groups)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_have_the_least_padding_for_their_number(seed):
+    rng = random.Random(seed)
+    lengths = [rng.choice([3, 4, 5, 9, 20, 40]) for _ in range(9)]
+    groups = _groups([Row((1,) * length) for length in lengths], llama(), 20, 3)
+    assert sorted(i for group in groups for i in group) == list(range(9))
+    assert all(len(group) == 1 or padded([group], lengths) <= 60 for group in groups)
+    cost = padded(groups, lengths) + _CPU_BATCH * len(groups)
+    order = sorted(range(9), key=lambda i: lengths[i])
+    for cuts in itertools.product([False, True], repeat=8):  # every other way to split the sorted rows
+        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 9]
+        other = [order[a:b] for a, b in itertools.pairwise(ends)]
+        if all(len(group) == 1 or padded([group], lengths) <= 60 for group in other):
+            assert cost <= padded(other, lengths) + _CPU_BATCH * len(other)
+
+
+def test_models_that_cannot_pad_get_rows_of_one_length():
+    rows = [Row((1,) * length) for length in (3, 5, 3, 5, 5)]
+    model = llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert not pads_left(model)
+    assert [sorted(group) for group in _groups(rows, model, 20, 3)] == [[0, 2], [1, 3, 4]]
 
 
 def test_checkpointing_gives_the_same():

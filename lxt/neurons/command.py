@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lxt.attributor import Attributor
-from lxt.neurons.corpus import Corpus
+from lxt.neurons.corpus import SUFFIXES, Corpus
 from lxt.neurons.results import Neurons
 from lxt.neurons.running import Compute, label
 
@@ -94,7 +94,7 @@ def labelled(
             compute=compute,
             progress=lambda block: progress.advance(bar),
         )
-    table = Table("layer", "neuron", "name", "AUROC", f"highest {by}")
+    table = Table("layer", latent, "name", "AUROC", f"highest {by}")
     for layer in found.layers:
         for neuron in found.best(layer, _PRINTED):
             best = neuron.contexts[by, "positive"]
@@ -105,8 +105,13 @@ def labelled(
     counts = found.manifest["counts"]
     if counts["bad"]:
         console.print(f"skipped {counts['bad']} bad rows, the first: {counts['first_bad'][0]}", markup=False)
+    if counts.get("files_left_out"):  # runs of earlier versions didn't count them
+        kinds = ", ".join(SUFFIXES)
+        console.print(f"left out {counts['files_left_out']} files of the folder that are no {kinds}", markup=False)
     if counts["cut"]:
         length = found.manifest["settings"]["length"]
         console.print(f"{counts['cut']} of {counts['documents']} documents were cut into windows of {length} tokens")
+    if not found.manifest["saved"]["tables"]:
+        console.print("no tables for pandas were written: that needs pip install 'lxt[corpus]'", markup=False)
     console.print(f"{found.tally.tokens:,} tokens; written: {out / 'index.html'}", markup=False, highlight=False)
     return found

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["BadRow", "Corpus", "Document", "Unit"]
+__all__ = ["SUFFIXES", "BadRow", "Corpus", "Document", "Unit"]
 
 Unit = Literal["line", "paragraph", "file"]
 SUFFIXES = (".jsonl", ".parquet", ".txt")
@@ -44,6 +45,7 @@ class Corpus:
         skip_bad: count bad rows instead of raising.
         bad: how many were skipped by the last reading.
         first_bad: what was wrong with the first few of them.
+        left_out: how many files of the folder the last reading left out, as they are of other kinds.
     """
 
     source: str | Path | Sequence[str]
@@ -52,8 +54,14 @@ class Corpus:
     skip_bad: bool = False
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, Iterator):
+            raise TypeError(
+                f"a corpus is a path, a dataset of the hub or a list of texts, not {type(self.source).__name__}; it is "
+                "read more than once, so write what is generated to a file"
+            )
         if self.unit not in get_args(Unit):
             raise ValueError(f"unknown unit {self.unit!r} of text files; allowed: {', '.join(get_args(Unit))}")
 
@@ -66,7 +74,7 @@ class Corpus:
             ValueError: no file that holds documents, or no document.
             ImportError: what reads this kind of corpus isn't installed.
         """
-        self.bad, self.first_bad = 0, []
+        self.bad, self.first_bad, self.left_out = 0, [], 0
         empty = True
         for document in self._rows():
             if isinstance(document, BadRow):
@@ -94,7 +102,7 @@ class Corpus:
             root = Path(self.source)
             for path in self._files():
                 name = path.relative_to(root).as_posix() if root.is_dir() else path.suffix
-                digest.update(f"\n{name} {path.stat().st_size}\n".encode())
+                digest.update(b"\n%s %d\n" % (os.fsencode(name), path.stat().st_size))
                 with open(path, "rb") as file:
                     digest.update(file.read(_SAMPLE))
                     file.seek(max(path.stat().st_size - _SAMPLE, 0))
@@ -113,9 +121,11 @@ class Corpus:
             root = Path(self.source)
             for path in self._files():
                 name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-                if path.suffix == ".jsonl":
+                name = os.fsencode(name).decode("utf-8", "replace")  # names of files may be any bytes
+                kind = path.suffix.lower()
+                if kind == ".jsonl":
                     yield from _jsonl(path, name, self.column)
-                elif path.suffix == ".parquet":
+                elif kind == ".parquet":
                     yield from _parquet(path, name, self.column)
                 else:
                     yield from _text(path, name, self.unit)
@@ -125,11 +135,31 @@ class Corpus:
     def _files(self) -> list[Path]:
         root = Path(self.source)  # type: ignore[arg-type]
         if root.is_file():
+            if root.suffix.lower() not in SUFFIXES:
+                raise ValueError(
+                    f"{root} is no {', '.join(SUFFIXES)}, which a corpus is read from; write its texts into one of "
+                    "these, rename it to .txt where its lines are the documents, or give a list of texts"
+                )
             return [root]
-        found = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        files = list(_below(root))
+        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+        self.left_out = len(files) - len(found)
         if not found:
             raise ValueError(f"the folder {root} holds no {', '.join(SUFFIXES)}; give another, or the file itself")
         return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files; a folder that can't be read is an error, and not an empty one."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        if {".lock", "manifest.json"} <= {*names}:  # results, written into the folder of their corpus
+            folders.clear()
+            continue
+        yield from (path for name in names if (path := Path(root, name)).is_file())
 
 
 def _listed(texts: Sequence[str]) -> Iterator[Document | BadRow]:
@@ -182,7 +212,7 @@ def _jsonl(path: Path, name: str, column: str) -> Iterator[Document | BadRow]:
         elif line.strip():
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also a number of too many digits
                 yield BadRow(f"{where}: no valid JSON ({error})")
                 continue
             yield _of_row(row, column, f"{name}:{number}", where)
@@ -208,11 +238,23 @@ def _parquet(path: Path, name: str, column: str) -> Iterator[Document | BadRow]:
     with file:
         if column not in file.schema_arrow.names:
             raise ValueError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for text in batch.column(0).to_pylist():
+        number, batches = 0, file.iter_batches(batch_size=1024, columns=[column])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ArrowException, OSError) as error:
+                raise OSError(f"{path} can't be read after row {number} ({error}); mend it, or leave it out") from error
+            if batch is None:
+                return
+            for value in batch.column(0):
                 number += 1
-                yield _document(f"{name}:{number}", text, f"{name}, row {number}: the column {column!r}")
+                where = f"{name}, row {number}: the column {column!r}"
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    yield BadRow(f"{where} has no valid UTF-8 at byte {error.start}")
+                else:
+                    yield _document(f"{name}:{number}", text, where)
 
 
 def _dataset(source: str, column: str) -> Iterator[Document | BadRow]:

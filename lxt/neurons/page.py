@@ -1,16 +1,20 @@
-"""The results as pages to browse, without network and without scripts: an index, and pages of neurons by layer.
+"""The results as pages to browse, without network: an index that can be sorted, and pages of neurons by layer.
 
-Everything that comes from a corpus is text: it is escaped, kept from changing the direction of what stands around it,
-and the pages' policy lets nothing run or load.
+Everything that comes from a corpus is text: what is invisible in it or would turn the text around is shown as a code,
+and the pages' policy lets nothing load, and nothing run but the one script that is written into them.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterator
 from html import escape
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from lxt.neurons.measuring import KINDS
+from lxt.show.words import visible
 
 if TYPE_CHECKING:
     from lxt.neurons.results import Context, Neuron, Neurons
@@ -20,16 +24,7 @@ __all__ = ["pages"]
 _PER_PAGE = 200  # neurons: about 1 MB
 _CONTEXTS = 5
 _BEST = 40
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --peak: #f0b45a88; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-td, th { text-align: left; vertical-align: top; padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line); }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-summary { cursor: pointer; padding: .3rem 0; }
-mark { background: var(--peak); color: inherit; border-radius: .2rem; }
-.small { opacity: .75; font-size: .9em; }
-"""
+_UNITS = {"relevance": " (logits)", "activation": ""}
 
 
 def pages(found: Neurons) -> Iterator[tuple[str, str]]:
@@ -39,67 +34,94 @@ def pages(found: Neurons) -> Iterator[tuple[str, str]]:
         total = found.count(layer)
         for start in range(0, total, _PER_PAGE):
             numbers = range(start, min(start + _PER_PAGE, total))
-            body = "".join(_neuron(found[layer, number]) for number in numbers)
-            title = f"Layer {layer}, neurons {numbers[0]} to {numbers[-1]}"
-            yield _name(layer, start), _page(title, f'<p><a href="index.html">all layers</a></p>{body}')
+            body = "".join(_neuron(found, found.neuron(layer, number, _CONTEXTS)) for number in numbers)
+            title = f"Layer {layer}, {found.latent}s {numbers[0]} to {numbers[-1]}"
+            links = ['<a href="index.html">Index</a>']
+            links += [f'<a href="{_name(layer, start - _PER_PAGE)}">Before</a>'] if start else []
+            links += [f'<a href="{_name(layer, start + _PER_PAGE)}">Next</a>'] if start + _PER_PAGE < total else []
+            yield _name(layer, start), _page(title, f"<nav>{' '.join(links)}</nav><div data-filter></div>{body}")
 
 
 def _name(layer: int, start: int) -> str:
     return f"layer-{layer:03d}-{start:06d}.html"
 
 
+def _link(layer: int, number: int) -> str:
+    return f"{_name(layer, number // _PER_PAGE * _PER_PAGE)}#n{number}"
+
+
 def _index(found: Neurons) -> str:
     settings, counts = found.manifest["settings"], found.manifest.get("counts", {})
-    said = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items() if isinstance(value, int))
-    body = (
-        f"<p>{escape(str(settings['model_name']))}, {escape(str(settings['rules']))}. "
-        f"{escape(said)}, {found.tally.tokens:,} tokens. Names come from the contexts with the highest {found.by}.</p>"
-        "<p class=small>Relevance is in logits: what the neuron, at the marked token, contributed to the tokens that "
-        "follow in its window. AUROC says how well the name tells held-out contexts from random places; 0.5 is chance."
-        "</p>"
+    said = ", ".join(
+        f"{value:,} {'bad rows skipped' if name == 'bad' else name.replace('_', ' ')}"
+        for name, value in counts.items()
+        if isinstance(value, int) and (value or name in ("documents", "windows"))
     )
-    for layer in found.layers:
-        links = " ".join(
-            f'<a href="{_name(layer, start)}">{start}</a>' for start in range(0, found.count(layer), _PER_PAGE)
-        )
-        rows = "".join(_row(neuron, found.by) for neuron in found.best(layer, _BEST))
-        body += (
-            f"<h2>Layer {layer}</h2><p>All {found.count(layer):,} neurons, from: {links}</p><table><tr>"
-            f"<th class=n>neuron</th><th>name</th><th class=n>AUROC</th><th class=n>highest {found.by}</th>"
-            f"<th>where</th></tr>{rows}</table>"
-        )
-    return _page("What the neurons stand for", body)
+    rows = "".join(_row(neuron, found.by) for layer in found.layers for neuron in found.best(layer, _BEST))
+    shown = "All" if all(found.count(layer) <= _BEST for layer in found.layers) else f"The {_BEST} of each layer"
+    lists = "".join(
+        f"<p>Layer {layer}, {found.count(layer):,} {found.latent}s, from: "
+        + " ".join(f'<a href="{_name(layer, s)}">{s}</a>' for s in range(0, found.count(layer), _PER_PAGE))
+        + "</p>"
+        for layer in found.layers
+    )
+    body = (
+        f"<p>{_text(str(settings['model_name']))}, rules {_text(str(settings['rules_name']))}. "
+        f"{escape(said)}, {found.tally.tokens:,} tokens.</p>"
+        f"<p class=quiet>Names come from the contexts with the highest {found.by}. Relevance is in logits: what the "
+        f"{found.latent}, at the marked token, contributed to the tokens that follow in its window. AUROC says how "
+        "well the name tells held-out contexts from random places; 0.5 is chance.</p>"
+        f"<h2>Every {found.latent}</h2>{lists}<h2>{shown} with the highest {found.by}</h2><div data-filter></div>"
+        f"<div class=scroll><table><thead><tr><th class=n>layer</th><th class=n>{found.latent}</th><th>name</th>"
+        f"<th class=n>AUROC</th><th class=n>highest {found.by}{_UNITS[found.by]}</th><th class=n>above 0</th>"
+        f"<th class=where>where</th></tr></thead><tbody class=sorted>{rows}</tbody></table></div>"
+    )
+    return _page(f"What the {found.latent}s stand for", body)
 
 
 def _row(neuron: Neuron, by: str) -> str:
     contexts = neuron.contexts[by, "positive"]
-    best = f"{contexts[0].score:+.4g}" if contexts else ""
-    link = f"{_name(neuron.layer, neuron.number // _PER_PAGE * _PER_PAGE)}#n{neuron.number}"
-    where = _context(contexts[0]) if contexts else ""
+    peak = contexts[0].score if contexts else None
+    auroc, share = neuron.auroc, neuron.above_zero[by]
     return (
-        f'<tr><td class=n><a href="{link}">{neuron.number}</a></td><td>{_text(neuron.label or "–")}</td>'
-        f"<td class=n>{_auroc(neuron)}</td><td class=n>{best}</td><td>{where}</td></tr>"
+        f"<tr><td class=n>{neuron.layer}</td>"
+        f'<td class=n><a href="{_link(neuron.layer, neuron.number)}">{neuron.number}</a></td>'
+        f"<td class=name>{_text(neuron.label)}</td>"
+        f'<td class=n data-v="{"" if auroc is None else auroc}">{_auroc(neuron)}</td>'
+        f'<td class=n data-v="{"" if peak is None else peak}">{"" if peak is None else f"{peak:+.4g}"}</td>'
+        f'<td class=n data-v="{share}">{share:.1%}</td>'
+        f"<td class=where>{_context(contexts[0]) if contexts else ''}</td></tr>"
     )
 
 
-def _neuron(neuron: Neuron) -> str:
+def _neuron(found: Neurons, neuron: Neuron) -> str:
     tables = ""
     for (kind, sign), contexts in neuron.contexts.items():
         rows = "".join(
-            f"<tr><td class=n>{context.score:+.4g}</td><td>{_context(context)}</td>"
-            f"<td class=small>{_text(context.document)}</td></tr>"
-            for context in contexts[:_CONTEXTS]
+            f"<tr><td class=n>{context.score:+.4g}</td><td class=where>{_context(context)}</td>"
+            f"<td class=quiet>{_text(context.document)}</td></tr>"
+            for context in contexts
         )
-        tables += f"<p class=small>{sign} {kind}</p><table>{rows}</table>" if rows else ""
+        side = "up" if sign == "positive" else "down"
+        title = f"{'Highest' if sign == 'positive' else 'Lowest'} {kind}{_UNITS[kind]}"
+        tables += (
+            f'<h2>{title}</h2><div class="scroll {side}"><table><tbody>{rows}</tbody></table></div>' if rows else ""
+        )
     statistics = "; ".join(
         f"{kind}: mean {neuron.mean[kind]:.3g}, deviation {neuron.deviation[kind]:.3g}, above 0 at "
         f"{neuron.above_zero[kind]:.1%} of the tokens"
         for kind in KINDS
     )
+    alike = ", ".join(
+        f'<a href="{_link(*key)}">L{key[0]}{neuron.latent[0].upper()}{key[1]}</a> {_text(found.name(*key).label)}'
+        for key in found.alike(neuron.layer, neuron.number)
+    )
+    like = f"<p>Named alike: {alike}</p>" if alike else ""
     return (
-        f'<details id="n{neuron.number}"><summary>{neuron.number} <b>{_text(neuron.label or "–")}</b> '
-        f"<span class=small>AUROC {_auroc(neuron) or 'unknown'}</span></summary>"
-        f"<p class=small>{statistics}</p>{tables}</details>"
+        f'<details><summary id="n{neuron.number}"><span class=n>{neuron.number}</span><b>'
+        f"{_text(neuron.label) if neuron.label else '–'}</b>"
+        f"<span class=quiet>{f'AUROC {_auroc(neuron)}' if neuron.auroc is not None else ''}</span></summary>"
+        f"<div>{like}<p class=quiet>{statistics}</p>{tables}</div></details>"
     )
 
 
@@ -109,27 +131,35 @@ def _auroc(neuron: Neuron) -> str:
 
 def _context(context: Context) -> str:
     before, after = ("".join(part) for part in (context.before, context.after))
-    return f"<bdi>{_escaped(before)}<mark>{_escaped(context.peak)}</mark>{_escaped(after)}</bdi>"
+    peak = context.peak.lstrip(" ") or context.peak
+    before += context.peak.removesuffix(peak)  # the space before a word isn't marked
+    left, right = ("…" if context.goes_on[0] else ""), (" …" if context.goes_on[1] else "")
+    return f"<bdi>{left}{_shown(before)}<mark>{_shown(peak)}</mark>{_shown(after)}{right}</bdi>"
 
 
 def _text(text: str) -> str:
-    return f"<bdi>{_escaped(text)}</bdi>"
+    return f"<bdi>{_shown(text)}</bdi>"
 
 
-def _escaped(text: str) -> str:
-    """HTML's characters, and those that no page may hold or that would turn the text around, shown as their codes."""
-    turning = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F}
-    shown = (
-        f"<U+{ord(c):04X}>" if ord(c) in turning or (ord(c) < 32 and c not in "\n\t") or ord(c) == 127 else c
-        for c in text
-    )
-    return escape("".join(shown).replace("\n", "⏎").replace("\t", "⇥"))
+def _shown(text: str) -> str:
+    plain = text.isascii() and text.isprintable()  # most are, and looking at each character takes long
+    return escape(text if plain else visible(text))
 
 
 def _page(title: str, body: str) -> str:
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style><body><h1>{escape(title)}</h1>{body}</body></html>\n"
+    sheet, script = (files("lxt.neurons").joinpath(name).read_text("utf-8") for name in ("browse.css", "browse.js"))
+    policy = (
+        f"default-src 'none'; style-src {_hash(sheet)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
+        f"<title>{escape(title)}</title><style>{sheet}</style></head>\n<body><h1>{escape(title)}</h1>{body}"
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

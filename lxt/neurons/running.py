@@ -6,26 +6,34 @@ block's number and tally in whatever order. Here it is this process, one after t
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lxt.attributor import Attributor, load, versions
+from lxt.attributor import Attributor, versions
 from lxt.inputs import context
 from lxt.neurons.corpus import Corpus
-from lxt.neurons.measuring import KINDS
-from lxt.neurons.results import Detect, Explain, Neurons
+from lxt.neurons.fingerprint import model_fingerprint
+from lxt.neurons.measuring import KINDS, LABELLED
+from lxt.neurons.results import Detect, Explain, Neurons, saved
+from lxt.neurons.results import load as load_results
 from lxt.neurons.scoring import Scorer
-from lxt.neurons.storing import Folder
+from lxt.neurons.storing import READABLE, Folder
+from lxt.neurons.tables import TABLES, available
 from lxt.neurons.tally import Tally
 from lxt.neurons.windows import Block, Reading
+from lxt.opening import load
 
-__all__ = ["Compute", "label", "model_fingerprint"]
+__all__ = ["Compute", "label"]
 
 Compute = Callable[[Callable[[Block], Tally], Reading], Iterable[tuple[int, Tally]]]
-"""(function of a block, blocks) -> (number of a block, its tally), in any order; `counts` of the blocks are filled."""
+"""(function of a block, blocks) -> (number of a block, its tally), in any order; `counts` of the blocks are filled.
+
+When the next pair is asked for, the last one is on disk.
+"""
 
 _LENGTH = 512  # tokens of a window where the model has room for more: what is kept of a batch grows with it
 _FOLD = 16  # blocks: the tally is read and written once for so many
@@ -50,21 +58,21 @@ def label(
 ) -> Neurons:
     """The places of a corpus where each neuron matters most, and a name for each neuron.
 
-    Started again with the same arguments it goes on where it stopped, however it stopped.
+    Started again with the same arguments it goes on where it stopped, however it stopped. What is finished is read.
 
     >>> lxt.neurons.label("tiny", ["My cats love my dogs."], layers=[2]).best(2, top=3)  # doctest: +SKIP
 
     Args:
         model: an Attributor, or what `lxt.load` takes.
         corpus: a file, a folder, a dataset of the hub, texts, or a Corpus that says how to read them.
-        latent: "neuron".
+        latent: "neuron" or "head".
         layers: which layers; None is all.
         by: "relevance" or "activation": which contexts the names come from; both are kept.
         top: how many contexts to keep of each neuron, by relevance and by activation, positive and negative.
         out: the results folder; None keeps them in memory alone.
         targets: explain the predictions of these tokens alone; None is every next token.
         length: tokens in a window; None is the model's context, 512 at most.
-        batch_size: windows that run at once.
+        batch_size: full windows that run at once; short ones take their room, more at a time.
         block_size: windows of a block, which is what a stopped run repeats at most.
         explain: writes a name from contexts, instead of distinctive tokens.
         detect: says how well a name fits texts, for testing what `explain` wrote.
@@ -76,11 +84,13 @@ def label(
         ValueError: no such layer, an empty corpus, a folder with other results, numbers that aren't finite.
         OSError: files that can't be read or written; a full disk.
     """
-    if latent != "neuron":
-        raise ValueError(f"unknown latent {latent!r}; labelled are: neuron")
+    if latent not in LABELLED:
+        raise ValueError(f"{latent!r} can't be labelled; those that can are: {', '.join(LABELLED)}")
     for name, value in (("top", top), ("batch_size", batch_size), ("block_size", block_size)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    if isinstance(layers, (int, str)):
+        raise ValueError(f"layers are a list such as [3, 7], or None for all, got {layers!r}")
     if layers is not None and not list(layers):
         raise ValueError("layers is empty; leave it out to label the neurons of every layer")
     if by not in KINDS:
@@ -89,18 +99,19 @@ def label(
     if explainer.tokenizer is None:
         raise ValueError("labelling needs a tokenizer: lxt.load(model, tokenizer)")
     given = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
-    wanted = Scorer(explainer, (), top, batch_size).every() if layers is None else tuple(sorted(set(layers)))
-    scorer = Scorer(explainer, wanted, top, batch_size, _target_ids(targets, explainer.tokenizer))
-    scorer.places()  # raises before anything is written
     length = _length(length, explainer.model)
+    scorer = Scorer(explainer, (), top, batch_size, length, _target_ids(targets, explainer), latent)
+    scorer = replace(scorer, layers=scorer.every() if layers is None else tuple(sorted(set(layers))))
+    scorer.places()  # raises before anything is written
     settings = {
         "model": model_fingerprint(explainer.model),
         "model_name": explainer.name,
         "rules": repr(explainer.rules),
+        "rules_name": explainer.rules.name,
         "versions": versions(),
         "corpus": given.fingerprint(),
         "latent": latent,
-        "layers": list(wanted),
+        "layers": list(scorer.layers),
         "top": top,
         "targets": None if scorer.targets is None else list(scorer.targets),
         "length": length,
@@ -112,6 +123,9 @@ def label(
         try:
             if not folder.finished:
                 _run(folder, scorer, given, length, block_size, compute or in_process, progress or (lambda block: None))
+            elif explain is None and folder.saved == saved(by, explained=False) and _is_whole(folder):
+                with suppress(ValueError):  # what was damaged since is written again, as is what was deleted
+                    return load_results(folder.path)
             found = Neurons.of(folder, explainer.tokenizer, by)
             found.name_all(explain, detect)
             if out is not None:
@@ -119,6 +133,10 @@ def label(
         finally:
             folder.close()
     return found
+
+
+def _is_whole(folder: Folder) -> bool:
+    return all((folder.path / name).exists() for name in (*READABLE, *(TABLES if available() else ())))
 
 
 def in_process(function: Callable[[Block], Tally], todo: Reading) -> Iterator[tuple[int, Tally]]:
@@ -150,28 +168,17 @@ def _run(
     folder.finish(counts)
 
 
-def model_fingerprint(model: Any) -> str:
-    """Equal for models of one class with the same weights: a hash of all of them; offloaded ones count by shape."""
-    import torch
-
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        if value.device.type == "meta" or not isinstance(value, torch.Tensor):
-            continue
-        for row in value.detach().reshape(-1).split(1 << 24):
-            digest.update(row.contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _target_ids(targets: Sequence[str | int] | None, tokenizer: Any) -> tuple[int, ...] | None:
+def _target_ids(targets: Sequence[str | int] | None, explainer: Attributor) -> tuple[int, ...] | None:
     if targets is None:
         return None
+    tokenizer, count = explainer.tokenizer, explainer.model.get_input_embeddings().weight.shape[0]
     found = []
     for target in [targets] if isinstance(targets, (str, int)) else targets:
         ids = [target] if isinstance(target, int) else tokenizer(target, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise ValueError(f"the target {target!r} is {len(ids)} tokens; give targets of one token, or their ids")
+        if not 0 <= ids[0] < count:
+            raise ValueError(f"the target {target!r} is no token: the model's ids are 0 to {count - 1}")
         found.append(ids[0])
     if not found:
         raise ValueError("targets is empty; leave it out to explain every next token")

@@ -4,6 +4,7 @@
     tally-00000012.safetensors     blocks 0 to 11 together
     block-00000014.safetensors     block 14 alone, waiting for 13 (or for enough company)
 
+The manifest says whether the last block is in (`counts`), and what was written for readers (`saved`).
 Every file is written under another name, synced, and renamed, and files are deleted only after the one that replaces
 them is safe. So whatever ends a run, the folder is valid, and a finished block is not computed again.
 """
@@ -20,9 +21,10 @@ from typing import Any
 from lxt.neurons.tally import Tally
 from lxt.show.files import write
 
-__all__ = ["FORMAT", "Folder"]
+__all__ = ["FORMAT", "READABLE", "Folder"]
 
-FORMAT = 1
+FORMAT = 2
+READABLE = ("index.html", "labels.jsonl", "vocabulary.json")  # what is written at the end, beside tables and pages
 _MANIFEST = "manifest.json"
 _FILE = re.compile(r"(tally|block)-(\d{8})\.safetensors")
 
@@ -49,17 +51,28 @@ class Folder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
-        wanted = json.loads(json.dumps({"format": FORMAT, "settings": settings}))
+        try:
+            self._begin(json.loads(json.dumps({"format": FORMAT, "settings": settings})))
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, wanted: dict[str, Any]) -> None:
         empty = not any(_FILE.fullmatch(file.name) for file in self.path.iterdir())
-        if not empty and not (self.path / _MANIFEST).exists():
-            raise ValueError(f"{self.path} holds blocks without a {_MANIFEST}; choose another folder")
+        if not (self.path / _MANIFEST).exists():
+            if not empty:
+                raise ValueError(f"{self.path} holds blocks without a {_MANIFEST}; choose another folder")
+            if foreign := [name for name in READABLE if (self.path / name).exists()]:
+                raise ValueError(f"{self.path} holds another {foreign[0]}; choose another folder")
+        elif empty:
+            self._read()  # raises where it is another program's
         if empty:  # also where a run failed before its first block
             self.manifest = wanted
             self._write(_MANIFEST, _json(wanted))
         else:
             self.manifest = self._read()
             self._refuse_others(wanted)
-        for part in self.path.glob(".lxt-*.part"):
+        for part in (*self.path.glob(".lxt-*.part"), *self.path.glob("*/.lxt-*.part")):
             part.unlink()  # what a killed run was writing
         self._clean()
 
@@ -107,6 +120,17 @@ class Folder:
         self.manifest = {**self.manifest, "counts": dict(counts)}
         self._write(_MANIFEST, _json(self.manifest))
 
+    @property
+    def saved(self) -> dict[str, Any] | None:
+        """What was written for readers, all of it; None while it is written."""
+        return self.manifest.get("saved")
+
+    @saved.setter
+    def saved(self, what: Mapping[str, Any] | None) -> None:
+        if what != self.saved:
+            self.manifest = {**self.manifest, "saved": what}
+            self._write(_MANIFEST, _json(self.manifest))
+
     def tally(self) -> Tally:
         """What the folder's tally holds.
 
@@ -118,9 +142,9 @@ class Folder:
             raise ValueError(f"{self.path} holds no tally yet; run `lxt label` again with the same arguments")
         return self._load(f"tally-{end:08d}.safetensors")
 
-    def text(self, name: str, content: str) -> None:
+    def put(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder."""
-        self._write(name, content.encode("utf-8", "replace"))
+        self._write(name, content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -135,7 +159,11 @@ class Folder:
         was, is_ = self.manifest["settings"], wanted["settings"]
         other = [key for key in {**was, **is_} if was.get(key) != is_.get(key)]
         if other:
-            parts = (f"{key} was {_shown(was.get(key))} and is now {_shown(is_.get(key))}" for key in other)
+            parts = (
+                f"{key} was {one} and is now {two}"
+                for key in other
+                for one, two in [_shown(was.get(key), is_.get(key))]
+            )
             raise ValueError(
                 f"{self.path} holds results of something else: {'; '.join(parts)}. Choose another folder, or delete it"
             )
@@ -176,7 +204,7 @@ class Folder:
     def _write(self, name: str, content: bytes) -> None:
         try:
             write(self.path / name, content)
-            _sync(self.path)
+            _sync((self.path / name).parent)
         except OSError as error:
             advice = (
                 f"cannot write the results ({os.strerror(error.errno or 0)}); make room there or permit it, and run "
@@ -214,6 +242,14 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 24 else text[:20] + "…"
+def _shown(was: Any, is_: Any) -> tuple[str, str]:
+    """Both, from a little before they begin to differ."""
+    one, two = json.dumps(was), json.dumps(is_)
+    same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    start = max(same - 20, 0)
+
+    def shown(text: str) -> str:
+        part = text[start : start + 40]
+        return ("…" if start else "") + part + ("…" if start + 40 < len(text) else "")
+
+    return shown(one), shown(two)

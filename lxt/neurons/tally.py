@@ -109,6 +109,7 @@ def _table(windows: Sequence[Window]) -> dict[str, Tensor]:
     return {
         "windows.number": torch.tensor([window.number for window in windows]),
         "windows.start": torch.tensor([window.start for window in windows]),
+        "windows.prefix": torch.tensor([window.prefix for window in windows]),
         "windows.length": torch.tensor([len(window.ids) for window in windows]),
         "windows.ids": torch.tensor([token for window in windows for token in window.ids], dtype=torch.int32),
         "windows.name_length": torch.tensor([len(name) for name in names]),
@@ -117,12 +118,12 @@ def _table(windows: Sequence[Window]) -> dict[str, Tensor]:
 
 
 def _windows(tensors: dict[str, Tensor]) -> tuple[Window, ...]:
-    columns = ("number", "start", "length", "name_length")
+    columns = ("number", "start", "prefix", "length", "name_length")
     rows = zip(*(tensors[f"windows.{name}"].tolist() for name in columns), strict=True)
     ids, names = tensors["windows.ids"].tolist(), bytes(tensors["windows.names"].tolist())
     found, at, name_at = [], 0, 0
-    for number, start, length, name_length in rows:
+    for number, start, prefix, length, name_length in rows:
         name = names[name_at : name_at + name_length].decode()
-        found.append(Window(number, name, start, tuple(ids[at : at + length])))
+        found.append(Window(number, name, start, tuple(ids[at : at + length]), prefix))
         at, name_at = at + length, name_at + name_length
     return tuple(found)

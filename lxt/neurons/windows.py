@@ -26,12 +26,14 @@ class Window:
         document: the document's name.
         start: which of the document's tokens comes first here, special tokens before it not counted.
         ids: the token ids, special tokens included.
+        prefix: how many special tokens the tokenizer put before the text.
     """
 
     number: int
     document: str
     start: int
     ids: tuple[int, ...]
+    prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,11 @@ def windows(corpus: Corpus, tokenizer: Any, length: int, counts: Counts) -> Iter
     Raises:
         ValueError: a length that leaves no room for two tokens.
     """
-    special = set(tokenizer.all_special_ids)
     for document in corpus.documents():
-        ids = list(tokenizer(document.text, verbose=False)["input_ids"])
-        first = next((place for place, token in enumerate(ids) if token not in special), len(ids))
+        read = tokenizer(document.text, verbose=False, return_special_tokens_mask=True)
+        # the mask is of what the tokenizer added: special tokens may also be written in a text
+        ids, added = list(read["input_ids"]), read["special_tokens_mask"]
+        first = next((place for place, mark in enumerate(added) if not mark), len(ids))
         prefix, ids = ids[:first], ids[first:]
         room = length - len(prefix)
         if room < 2:
@@ -86,7 +89,7 @@ def windows(corpus: Corpus, tokenizer: Any, length: int, counts: Counts) -> Iter
         pieces = [(start, piece) for start, piece in pieces if len(prefix) + len(piece) > 1]
         counts.too_short += not pieces
         for start, piece in pieces:
-            yield Window(counts.windows, document.name, start, (*prefix, *piece))
+            yield Window(counts.windows, document.name, start, (*prefix, *piece), len(prefix))
             counts.windows += 1
 
 
@@ -117,4 +120,6 @@ class Reading:
             if number not in self.done:
                 yield Block(number, part)
             number += 1
-        self.counts = asdict(counts) | {"bad": self.corpus.bad, "first_bad": self.corpus.first_bad}
+        corpus = self.corpus
+        read = {"bad": corpus.bad, "first_bad": corpus.first_bad, "files_left_out": corpus.left_out}
+        self.counts = asdict(counts) | read
