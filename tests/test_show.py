@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import torch
 from rich.console import Console
 
 from lxt.attribution import Attribution, Explained, Prediction
+from lxt.latents import LatentRelevance
 from lxt.show import colors, terminal
 from lxt.show.rows import rows
 from lxt.show.words import amount, direction, listed, percent, shorten, visible
@@ -164,14 +166,13 @@ def test_a_row_of_special_tokens_only_is_still_shown() -> None:
 
 
 def test_the_embeddings_are_the_lowest_layer_once() -> None:
-    without = attribution(WORDS, SCORES, layers=3)
-    row = next(rows(without))
-    assert row.layer_names == ["embeddings", "layer 1", "layer 2", "layer 3"]
+    out = attribution(WORDS, SCORES, layers=3)
+    row = next(rows(out))
+    assert row.layer_names == ["embed", "L0", "L1", "L2"]
     assert row.layers is not None
-    assert row.layers[0].tolist() == without.relevance[0].double().tolist()
-    residual = torch.cat([without.relevance[None], without.latents["residual"]])
-    included = Attribution(**{**vars(without), "latents": {"residual": residual}})
-    assert next(rows(included)).layer_names == row.layer_names
+    assert row.layers[0].tolist() == out.relevance[0].double().tolist()
+    kept = LatentRelevance("residual", out.latents["residual"].values[1:], (4, 9))
+    assert next(rows(replace(out, latents={"residual": kept}))).layer_names == ["embed", "L4", "L9"]
 
 
 # ---- terminal
@@ -183,7 +184,7 @@ def test_terminal_without_colour_holds_scores_and_marks() -> None:
     assert "«+dogs»" in text
     assert "<s>I have 5 «−cats» and 3" in text
     assert re.search(r"\+5\.10\s+␣dogs\s+█{24}", text)
-    assert re.search(r"−2\.20\s+␣cats\s+█+", text)
+    assert re.search(r"−2\.20\s+␣cats \(4\)\s+█+", text)  # there are two
     assert "Σ relevance 46.72 of logit 14.02 (333 %; check() says why)" in text
     assert "' dogs'" in text
     assert "97.1 %" in text
@@ -350,7 +351,7 @@ def test_figure_has_the_embeddings_at_the_bottom(normalise, tmp_path) -> None:
     made = out.plot(tmp_path / "x.png", normalise=normalise)
     axes, bar = made.axes
     assert axes.images[0].origin == "lower"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["embeddings", "layer 1", "layer 2", "layer 3"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["embed", "L0", "L1", "L2"]
     assert [label.get_text() for label in axes.get_xticklabels()][7] == "␣dogs"
     assert ("logit" in bar.get_ylabel()) == (normalise == "absolute")
     assert axes.images[0].norm.vmax == pytest.approx(5.1 if normalise == "absolute" else 1.0)

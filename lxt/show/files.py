@@ -6,9 +6,10 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["write"]
+__all__ = ["check_suffix", "write"]
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -40,3 +41,21 @@ def write(path: str | os.PathLike[str], content: bytes) -> Path:
         advice = f"cannot write the file ({reason}); give the path of a file in a folder that you may write to"
         raise OSError(error.errno, advice, str(target)) from error
     return target
+
+
+def check_suffix(path: str | os.PathLike[str], allowed: Sequence[str], what: str) -> None:
+    """Refuse a name that promises another kind of file; one without a suffix promises none.
+
+    Args:
+        path: where the file is to be.
+        allowed: suffixes, such as .html.
+        what: what writes there, for the message.
+
+    Raises:
+        ValueError: the name ends in another suffix.
+    """
+    target = Path(os.path.expanduser(path))
+    special = target.exists() and not target.is_file()  # a pipe, a device, or a folder, which is refused later
+    if not special and target.suffix and target.suffix.lower() not in allowed:
+        kinds = ", ".join(allowed)
+        raise ValueError(f"{what} writes {kinds}, and not {target.suffix!r}: give {str(path)!r} another suffix")

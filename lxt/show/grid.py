@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lxt.show import colors, style
-from lxt.show.figure import colormap, drawable, families, figure_of
+from lxt.show.figure import color_bar, colormap, drawable, families, figure_of
 from lxt.show.terminal import print_line, shade
 from lxt.show.words import listed
 
@@ -154,10 +154,7 @@ def figure(grid: Grid, title: str, note: str = "") -> Figure:
             )
     axes.set_title(drawable(f"{title}\n"), loc="left", fontsize=12, parse_math=False, family=families())
     axes.set_xlabel(drawable(note), fontsize=8, loc="left", parse_math=False, family=families())
-    bar = canvas.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=18)
-    bar.set_label(f"← lowers    {grid.unit}    raises →", fontsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(labelsize=8, length=0)
+    color_bar(axes, image, end, grid.unit, canvas.get_figheight() - 1.0)
     return canvas
 
 

@@ -85,7 +85,7 @@ def isolated(raw: str) -> str:
 def _contents(prepared: list[Row]) -> str:
     if len(prepared) < 2:
         return ""
-    links = (f'<li><a href="#row{row.number}">{isolated(row.target)} {text(row.value)}</a></li>' for row in prepared)
+    links = (f'<li><a href="#row{row.number}">{isolated(row.target)} {text(row.facts)}</a></li>' for row in prepared)
     return f"<nav><ol>{''.join(links)}</ol></nav>"
 
 
@@ -96,6 +96,7 @@ def _sections(prepared: list[Row]) -> list[str]:
 
 def _section(row: Row, budget: int, count: int) -> str:
     predicted = f"<p>The model predicts {isolated(row.predicted)}</p>" if row.predicted else ""
+    predicted += f"<p>Underlined: {isolated(row.places_asked)}</p>" if row.places_asked else ""
     note = f" <span class=quiet>· {text(row.note)}</span>" if row.note else ""
     which = f"{row.number + 1} of {count} · " if count > 1 else ""
     return "\n".join(
@@ -120,13 +121,15 @@ def running(row: Row) -> str:
     out = []
     for i, token in enumerate(row.tokens):
         shade = "s" if row.muted[i] else style.shade(row.fractions[i])
-        tab = ' tabindex="0"' if few or shade not in ("", "s") else ""
+        asked = i in row.asked
+        tab = ' tabindex="0"' if few or asked or shade not in ("", "s") else ""
         mark = " · special token" if row.special[i] else ""
+        mark += " · explained here" if asked else ""
         title = f"{signed(row.scores[i])} · token {row.places[i]}{mark}"
         word = token.lstrip(" ") or token  # the space before a word stays outside its box
         body = escape(shorten(word) if word else "∅", quote=True)
         spaces = " " * (len(token) - len(word))
-        out.append(f'{spaces}<span class="t {shade}"{tab} title="{text(title)}">{body}</span>')
+        out.append(f'{spaces}<span class="t {shade}{" at" if asked else ""}"{tab} title="{text(title)}">{body}</span>')
         if "\n" in token and token != row.tokens[i - 1 if i else 0]:
             out.append("\n")
     return f'<div class="text" dir="{direction(row.tokens)}">{"".join(out)}</div>'

@@ -54,6 +54,7 @@ def _section(one: Seen, count: int) -> str:
             f"<h2>{which}What speaks for {html.isolated(row.target)}? <small>{html.text(row.value)}</small></h2>",
             html.running(row) + html.legend(row) if one.reads else "",
             f"<p>The model predicts {html.isolated(row.predicted)}</p>" if row.predicted else "",
+            f"<p>Underlined: {html.isolated(row.places_asked)}</p>" if row.places_asked and one.reads else "",
             f"<p>{html.text(row.conserved)}</p>",
             html.ranking(row) if one.reads else "",
             *(_image(one, image, number) for number, image in enumerate(one.images)),

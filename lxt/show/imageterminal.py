@@ -65,6 +65,8 @@ def _lines(one: Seen, coloured: bool, top: int, width: int) -> list[Text]:
         lines.append(legend(row) if coloured else Text("«+token» raises it, «−token» lowers it"))
     if row.predicted:
         lines.append(Text(f"predicts {row.predicted}"))
+    if row.places_asked and one.reads:
+        lines.append(Text(row.places_asked))
     lines.append(Text(row.conserved))
     if one.reads:
         lines += [Text(), *ranking(row, coloured, top, width)]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lxt.show import colors
-from lxt.show.figure import Block, text_pages
 from lxt.show.files import write
+from lxt.show.pages import Block, text_pages
 from lxt.show.rows import rows, unit
 from lxt.show.words import amount, shorten
 
@@ -73,6 +73,7 @@ def attribution_pdf(attribution: Attribution, path: str | os.PathLike[str], spec
         head += [f"model {shorten(row.model)}, rules {shorten(row.rules)}"]
         foot = [f"predicts {row.predicted}"] if row.predicted else []
         foot += [f"red raises, blue lowers: full colour is {amount(row.scale)} {unit(row.explained.kind)}"]
+        foot += [row.places_asked] if row.places_asked else []
         foot += [row.conserved, *([row.note] if row.note else [])]
         blocks.append(Block(words, head, foot))
     backend = next((name for name in BACKENDS if shutil.which(name)), None)

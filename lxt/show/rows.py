@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lxt.show.words import amount, percent, shorten
+from lxt.show.words import amount, listed, percent, shorten
 
 if TYPE_CHECKING:
     from lxt.attribution import Attribution, Explained, Prediction
 
-__all__ = ["Row", "binned", "rows", "unit"]
+__all__ = ["Row", "binned", "column_width", "rescaled", "rows", "unit"]
 
+_NAMED = 6  # explained positions that are named
 _UNITS = {"logprob": "log-probability", "prob": "probability", "centered": "centred logit", "custom": "value"}
 
 
@@ -28,6 +29,7 @@ class Row:
         fractions: score / scale; 0 for special tokens that are not coloured.
         muted: special tokens that are not coloured.
         scale: the score that has the full colour.
+        asked: which of `tokens` the explained prediction is made at, where it isn't simply the last one.
         layers: [layer, token], from the embeddings up, or None.
         layer_names: of the rows of `layers`.
     """
@@ -40,6 +42,7 @@ class Row:
     special: list[bool]
     muted: list[bool]
     scale: float
+    asked: list[int]
     layers: Tensor | None
     layer_names: list[str]
     explained: Explained
@@ -55,6 +58,11 @@ class Row:
         return sorted(candidates, key=lambda i: -abs(self.scores[i]))[:top]
 
     @property
+    def origin(self) -> str:
+        """The model and the rules."""
+        return f"{shorten(self.model)}, {shorten(self.rules)}"
+
+    @property
     def target(self) -> str:
         """What is explained, e.g. `' dogs'`."""
         return shorten(self.explained.label, 80)
@@ -65,12 +73,35 @@ class Row:
         return f"{unit(self.explained.kind)} {amount(self.explained.value, 4)}"
 
     @property
+    def facts(self) -> str:
+        """The same with the explained token's standing, e.g. `logit 9.110 (choice 2, probability 1.31 %)`."""
+        return f"{self.value} ({self.standing})" if self.standing else self.value
+
+    @property
     def predicted(self) -> str | None:
-        """The predicted token with its logit and probability."""
+        """The predicted token with its logit and probability, and how the explained one stands beside it."""
         if self.prediction is None:
             return None
         logit, probability = amount(self.prediction.logit, 4), percent(self.prediction.probability)
-        return f"'{shorten(self.prediction.token)}'  logit {logit}, probability {probability}"
+        line = f"'{shorten(self.prediction.token)}'  logit {logit}, probability {probability}"
+        return f"{line}; explained is {self.standing}" if self.explained.rank else line
+
+    @property
+    def standing(self) -> str | None:
+        """How probable the explained token is, e.g. `choice 2, probability 1.31 %`."""
+        if self.explained.rank is None or self.explained.probability is None:
+            return None
+        return f"choice {self.explained.rank + 1:,}, probability {percent(self.explained.probability)}"
+
+    @property
+    def places_asked(self) -> str | None:
+        """Where the explained prediction is made, where it isn't simply at the last token."""
+        if not self.asked:
+            return None
+        # the word before each number keeps it from being set right to left with the token before
+        each = (f"token {self.places[i]} {listed(self.tokens[i], 16, note=False)}" for i in self.asked[:_NAMED])
+        more = f" and {len(self.asked) - _NAMED} more" if len(self.asked) > _NAMED else ""
+        return f"explained at {', '.join(each)}{more}"
 
     @property
     def conserved(self) -> str:
@@ -117,16 +148,19 @@ def _row(attribution: Attribution, number: int, special: bool, scale_special: bo
     scale = float(scores[~muted].abs().max()) if scores.numel() else 0.0
     fractions = torch.where(muted, 0.0, scores / scale) if scale else torch.zeros_like(scores)
     own = torch.arange(int(real.sum()))
+    places = own[keep[real]].tolist()
+    positions = set(attribution.explained[number].positions) - {len(own) - 1}
     apart = attribution.relevance[number, real & marked].double().sum() if not scale_special else None
     return Row(
         number=number,
         tokens=[token for token, kept in zip(attribution.tokens[number], keep.tolist(), strict=True) if kept],
-        places=own[keep[real]].tolist(),
+        places=places,
         scores=scores.tolist(),
         fractions=fractions.tolist(),
         special=marks.tolist(),
         muted=muted.tolist(),
         scale=scale,
+        asked=[i for i, place in enumerate(places) if positions and place in attribution.explained[number].positions],
         layers=layers,
         layer_names=names,
         explained=attribution.explained[number],
@@ -139,15 +173,26 @@ def _row(attribution: Attribution, number: int, special: bool, scale_special: bo
 
 
 def _layers(attribution: Attribution, number: int, keep: Tensor) -> tuple[Tensor | None, list[str]]:
-    """Residual relevance from the embeddings up; `residual` may or may not begin with the embeddings."""
+    """Residual relevance after the embeddings and after each layer that was kept."""
     residual = attribution.latents.get("residual")
-    if residual is None or residual.shape[0] == 0:
+    if residual is None or not residual.layers:
         return None, []
-    inner, bottom = residual[:, number, keep].double(), attribution.relevance[number, keep].double()
-    if torch.allclose(inner[0], bottom, rtol=1e-4, atol=1e-6 * float(bottom.abs().max()) if bottom.numel() else 0.0):
-        inner = inner[1:]
-    names = ["embeddings", *(f"layer {layer}" for layer in range(1, inner.shape[0] + 1))]
-    return torch.cat([bottom[None], inner]), names
+    inner, bottom = residual.values[:, number, keep].double(), attribution.relevance[number, keep].double()
+    return torch.cat([bottom[None], inner]), ["embed", *(f"L{layer}" for layer in residual.layers)]
+
+
+def rescaled(several: Sequence[Row]) -> list[Row]:
+    """The rows on one scale, that of the strongest, so that a colour means the same in all."""
+    end = max(row.scale for row in several)
+    return [
+        replace(row, scale=end, fractions=[share * row.scale / end if end else 0.0 for share in row.fractions])
+        for row in several
+    ]
+
+
+def column_width(tokens: int, most: int) -> int:
+    """How many adjacent tokens one column sums, for at most `most` columns."""
+    return max(1, -(-tokens // most))
 
 
 def binned(row: Row, most: int) -> tuple[Tensor, list[str], list[bool], int]:
@@ -157,7 +202,7 @@ def binned(row: Row, most: int) -> tuple[Tensor, list[str], list[bool], int]:
         [layer, column], the columns' labels (tokens, not shortened), whether a column is muted, and the width.
     """
     scores = row.layers if row.layers is not None else torch.tensor([row.scores], dtype=torch.float64)
-    width = max(1, -(-len(row.tokens) // most))
+    width = column_width(len(row.tokens), most)
     if width == 1:
         return scores, row.tokens, row.muted, 1
     scores = torch.where(torch.tensor(row.muted), 0.0, scores)

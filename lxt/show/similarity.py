@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lxt.show import grid, html, terminal
 from lxt.show.figure import bars, drawable, families, figure_of
-from lxt.show.rows import Row, rows
+from lxt.show.rows import Row, rescaled, rows
 from lxt.show.words import amount, listed, percent, shorten, signed
 
 if TYPE_CHECKING:
@@ -90,17 +90,8 @@ def _bars(similarity: Similarity) -> Figure:
 
 def _sides(similarity: Similarity, scale_special: bool) -> list[Row]:
     """Both sentences, scaled alike so that a colour means the same in both."""
-    sides = list(rows(similarity.attribution, scale_special=scale_special))
-    scale = max(side.scale for side in sides)
-    return [
-        replace(
-            side,
-            scale=scale,
-            fractions=[fraction * side.scale / scale if scale else 0.0 for fraction in side.fractions],
-            explained=replace(side.explained, kind="cosine"),
-        )
-        for side in sides
-    ]
+    sides = rescaled(list(rows(similarity.attribution, scale_special=scale_special)))
+    return [replace(side, explained=replace(side.explained, kind="cosine")) for side in sides]
 
 
 def _conserved(similarity: Similarity) -> str:

@@ -24,6 +24,7 @@ unicode-bidi:isolate;max-width:64rem}
 .lxt .t{position:relative;padding:.18em .03em;border-radius:.22em;box-decoration-break:clone;
 -webkit-box-decoration-break:clone}
 .lxt .s{font-size:.72em;color:var(--muted);border:1px dashed var(--line)}
+.lxt .at{text-decoration:underline 3px;text-underline-offset:.2em}
 .lxt .t:hover{outline:2px solid var(--muted)}
 .lxt .t:focus-visible{outline:3px solid var(--text);outline-offset:1px;z-index:2}
 .lxt .t:focus-visible::after{content:attr(title);position:absolute;left:0;top:115%;background:var(--text);

@@ -95,6 +95,8 @@ def _lines(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
     lines.append(legend(row) if coloured else Text("«+token» raises it, «−token» lowers it"))
     if row.predicted:
         lines.append(Text(f"predicts {row.predicted}"))
+    if row.places_asked:
+        lines.append(Text(row.places_asked))
     lines.append(Text(row.conserved))
     if row.note:
         lines.append(Text(row.note, style="dim"))
@@ -108,14 +110,15 @@ def running(row: Row, coloured: bool) -> Text:
         word = token.lstrip(" ") or token
         text.append(" " * (len(token) - len(word)))
         shown = shorten(word) if word else "∅"
+        line = " underline" if i in row.asked else ""
         if row.muted[i]:
-            text.append(shown, "dim")
+            text.append(shown, f"dim{line}")
         elif coloured:
-            text.append(shown, shade(row.fractions[i]))
+            text.append(shown, shade(row.fractions[i]) + Style.parse(line or "none"))
         elif abs(row.fractions[i]) >= _MARKED:
-            text.append(f"«{'+' if row.fractions[i] > 0 else '−'}{shown}»", "bold")
+            text.append(f"«{'+' if row.fractions[i] > 0 else '−'}{shown}»", f"bold{line}")
         else:
-            text.append(shown)
+            text.append(shown, line.strip())
         breaks = "\n" in token
         if breaks and not fresh:
             text.append("\n")
@@ -150,8 +153,10 @@ def ranking(row: Row, coloured: bool, top: int, width: int) -> list[Text]:
         return [Text("no token has any relevance", style="dim")]
     room = max(8, min(40, width - _BAR - 20))
     names = [Text(listed(row.tokens[i], min(18, room))) for i in best]
-    for name in names:
-        name.truncate(room, overflow="ellipsis")
+    for i, name in zip(best, names, strict=True):
+        which = f" ({row.places[i]})" if row.tokens.count(row.tokens[i]) > 1 else ""
+        name.truncate(room - len(which), overflow="ellipsis")
+        name.append(which)
     longest = max(name.cell_len for name in names)
     scores = [signed(row.scores[i]) for i in best]
     widest = max(map(cell_len, scores))
