@@ -82,7 +82,7 @@ class Counter:
 
         Raises:
             RuntimeError: a checkpoint runs a layer again, and it could be that of several forwards.
-            ValueError: it has another number of tokens than the forward.
+            ValueError: it has another number of tokens than the forward, or another order of them.
         """
         mine = threading.get_ident() == self._thread
         if mine and self._open:
@@ -91,11 +91,11 @@ class Counter:
             count = self._recalled(x)
         else:
             count = _alone(x) if mine else None
-        if count is not None and x.shape[:-1].numel() != count.positions.numel():
+        if count is not None and not _is_by_token(x.shape, count.positions.shape):
             raise ValueError(
                 f"an activation of shape {tuple(x.shape)} has not one place for each of the forward's "
-                f"{count.positions.shape[0]} x {count.positions.shape[1]} tokens, so it can't be steered; steer "
-                "another latent, or another layer"
+                f"{count.positions.shape[0]} x {count.positions.shape[1]} tokens, in this order, so it can't be "
+                "steered; steer another latent, another layer, or one row at a time"
             )
         return count
 
@@ -213,6 +213,12 @@ def _alone(x: Tensor) -> Count:
     batch, length = (x.shape[0], x.shape[1]) if x.dim() > 2 else (1, x.shape[0])
     positions = torch.arange(length, device=x.device).expand(batch, length)
     return Count(positions, torch.full((batch,), length, device=x.device))
+
+
+def _is_by_token(shape: torch.Size, tokens: torch.Size) -> bool:
+    """Whether an activation has one place for each token, row by row; some models put the tokens before the rows."""
+    rows_first = len(shape) < 3 or 1 in (shape[0], *tokens) or shape[:2] == tokens
+    return rows_first and shape[:-1].numel() == tokens.numel()
 
 
 def _is_autograds() -> bool:

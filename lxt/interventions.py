@@ -1,7 +1,9 @@
 """What steering does to an activation: set, add, scale, ablate; at which latents and at which tokens.
 
-A key names the latent: ("residual", layer), ("head", layer, head) or ("neuron", layer, neuron); with a tuple of numbers
-in the last place it is several of them, and without one it is all of the layer.
+A key names the latent: ("residual", layer), ("attn_out", layer), ("head", layer, head) or ("neuron", layer, neuron);
+with a tuple of numbers in the last place it is several of them, and without one it is all of the layer.
+TransformerLens's names are keys of whole layers: "blocks.5.attn.hook_z" is ("head", 5). The path of a module is the key
+of its output.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import torch
 from torch import Tensor
 
 from lxt.counting import Count
-from lxt.latents import Site, names
+from lxt.latents import KINDS, Site, alias
+from lxt.latents.names import suggestion
 
 __all__ = [
+    "STEERABLE",
     "Ablate",
     "Activations",
     "Add",
@@ -34,23 +38,30 @@ __all__ = [
     "changes_of",
     "chosen",
     "latent_of",
+    "named",
     "numbered",
 ]
 
-Key = tuple[Any, ...]
+Key = tuple[Any, ...] | str
 Positions = int | slice | Sequence[int] | None
 Change = Literal["zero", "mean", "resample"]
+STEERABLE = ("residual", "residual_pre", "attn_out", "mlp_out", "head", "neuron")
 
 
 @dataclass(frozen=True)
 class Latent:
-    """One latent of a layer, or several. `parts` are heads, neurons or dimensions; None is all of the layer."""
+    """One latent of a layer, or several, or a module's output by its path.
+
+    `parts` are heads, neurons or dimensions; None is all of the layer.
+    """
 
     name: str
     layer: int
     parts: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
+        if self.name not in KINDS:
+            return repr(self.name)
         parts = "" if self.parts is None else ", " + (str(self.parts[0]) if len(self.parts) == 1 else str(self.parts))
         return f"({self.name!r}, {self.layer}{parts})"
 
@@ -74,6 +85,12 @@ class Latent:
         return torch.cat([torch.arange(part * each, (part + 1) * each) for part in self.parts])
 
 
+def named(key: object) -> object:
+    """The key, as (name, layer) where it is one of TransformerLens's names."""
+    meant = alias(key) if isinstance(key, str) else None
+    return key if meant is None or meant[1] is None else meant
+
+
 def latent_of(key: object, sites: Mapping[tuple[str, int], Site]) -> Latent:
     """The latent that a key names; `sites` are those of the model.
 
@@ -81,13 +98,22 @@ def latent_of(key: object, sites: Mapping[tuple[str, int], Site]) -> Latent:
         TypeError: not such a key.
         ValueError: no such latent, or no such layer.
     """
-    name, *numbers = key if isinstance(key, tuple) and key else (None,)
+    whole = named(key)
+    paths = {name: layer for name, layer in sites if name not in KINDS}
+    if isinstance(whole, str) and whole in paths:
+        return Latent(whole, paths[whole])
+    name, *numbers = whole if isinstance(whole, tuple) and whole else (None,)
     if not isinstance(name, str) or not 1 <= len(numbers) <= 2:
         raise TypeError(
             "a latent is named by (name, layer) or (name, layer, number), such as ('residual', 6), ('head', 5, 1) or "
-            f"('neuron', 7, (12, 34)); got {key!r}"
+            f"('neuron', 7, (12, 34)), or as 'blocks.5.attn.hook_z' or 'model.layers.5.mlp'; got {key!r}"
         )
-    names(name)
+    if name not in STEERABLE:
+        what = "can be read but not steered." if name in KINDS else f"is no latent{suggestion(name, STEERABLE) or '.'}"
+        raise ValueError(
+            f"{name!r} {what} Steered can be {', '.join(STEERABLE)}, each as (name, layer); and the output of a "
+            "module, as its path alone"
+        )
     last = numbers[1] if len(numbers) == 2 else None
     try:
         layer = _whole(numbers[0])
@@ -244,6 +270,11 @@ class Activations:
     values: Mapping[Latent, Tensor]
     lengths: tuple[int, ...]
     heads: int = 1
+
+    def __repr__(self) -> str:
+        names = list(map(str, self.values))
+        shown = ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"Activations({shown}; {sum(self.lengths):,} tokens of {len(self.lengths)} prompts)"
 
     def __getitem__(self, key: Key) -> Tensor:
         """[token, size] of one latent, such as ("head", 5, 1)."""

@@ -4,7 +4,8 @@
         model.generate(...)
 
 1. Hooks stand where `lxt.latents` reads relevance: residual is a layer's output, heads and neurons are the input of
-   the attention's and of the MLP's last projection. What is explained meanwhile is the steered model.
+   the attention's and of the MLP's last projection, attn_out and mlp_out what these add to the stream. What is
+   explained meanwhile is the steered model.
 2. `lxt.counting` says which token of which row each position is, so that a cache or padding changes nothing.
 3. Several changes of one activation happen in the order in which they are given; an inner `with` comes after an outer.
 """
@@ -12,18 +13,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lxt.counting import Counter
 from lxt.encdec import forward, with_prefix
-from lxt.inputs import Model, batches, prepare, read
+from lxt.inputs import Model, batches, prepare, read, task
 from lxt.interventions import (
+    STEERABLE,
     Ablate,
     Activations,
     Add,
@@ -35,9 +38,12 @@ from lxt.interventions import (
     changes_of,
     chosen,
     latent_of,
+    named,
     numbered,
 )
-from lxt.latents import LATENTS, Site, sites
+from lxt.latents import KINDS, Keep, Site, UnknownPlace, alias, hooked, sites, wanted
+from lxt.latents.adding import carried, replaced
+from lxt.marks import copy_mark
 from lxt.patches import patch_map_for
 from lxt.patchmap import PatchMap
 
@@ -71,10 +77,10 @@ class Steering:
         self._model = model
         self._plan: dict[tuple[str, int], list[tuple[Latent, Intervention]]] = {}
         self._sites = known
-        for key, wanted in interventions.items():
+        for key, asked in interventions.items():
             latent = latent_of(key, known)
             site = known[latent.name, latent.layer]
-            for change in (one.resolved(latent) for one in changes_of(wanted)):
+            for change in (one.resolved(latent) for one in changes_of(asked)):
                 width = _width(model, site)
                 if width is not None:
                     _check(latent, change, site, width, model.dtype)
@@ -96,7 +102,8 @@ class Steering:
             undo.enter_context(torch.compiler.set_stance("force_eager"))
             undo.enter_context(self._counter.counting())
             for place, changes in self._plan.items():
-                undo.enter_context(_hooked(self._sites[place], partial(self._steered, self._sites[place], changes)))
+                site = self._sites[place]
+                undo.enter_context(_placed(site, partial(self._steered, site, changes)))
             self._undo = undo.pop_all()
         return self
 
@@ -124,7 +131,7 @@ class Steering:
             part = y if columns is None else y.index_select(-1, columns)
             part = torch.where(meant[..., None], change.changed(part, count), part)
             y = part if columns is None else y.index_copy(-1, columns, part)
-        return y.view_as(x)
+        return copy_mark(x, y.view_as(x))
 
     def _refuse_unreached(self) -> None:
         for key, changes in self._plan.items():
@@ -161,7 +168,8 @@ def activations(
     Args:
         explainer: an Attributor.
         prompts: texts, chats or token ids, as in `Attributor.attribute`.
-        latents: keys, or names, which are that latent in all layers. All tokens of all of them are kept.
+        latents: keys, or names, which are that latent in all layers, or paths of modules. All tokens of all of them
+            are kept.
         batch_size: how many prompts run at once; None is all that can.
 
     Raises:
@@ -173,32 +181,36 @@ def activations(
         )
     model = explainer.model
     patch_map = explainer.patch_map if explainer.patch_map is not None else patch_map_for(model)
-    known = _sites(model, patch_map, [(one,) if isinstance(one, str) else one for one in latents])
-    wanted: dict[Latent, None] = {}
-    for one in latents:
-        keys = [place for place in known if place[0] == one] if isinstance(one, str) else [one]
-        wanted |= dict.fromkeys(latent_of(key, known) for key in keys)
+    asked = [named(one) for one in latents]
+    known = _sites(model, patch_map, [(one,) if _is_kind(one) else one for one in asked])
+    found: dict[Latent, None] = {}
+    for one in asked:
+        keys = ([place for place in known if place[0] == one] or [(one, 0)]) if _is_kind(one) else [one]
+        found |= dict.fromkeys(latent_of(key, known) for key in keys)
     rows = read(prompts, model, explainer.tokenizer)
-    kept: dict[Latent, list[Tensor]] = {latent: [torch.empty(0)] * len(rows) for latent in wanted}
+    if task(model) == "seq2seq":  # the encoder is read: what its decoder begins with changes nothing
+        rows = [replace(row, decoder=(getattr(model.config, "decoder_start_token_id", None) or 0,)) for row in rows]
+    kept: dict[Latent, list[Tensor]] = {latent: [torch.empty(0)] * len(rows) for latent in found}
     thread = threading.get_ident()
 
     with torch.no_grad():
-        for group in batches(rows, model, batch_size):
+        for group in batches(rows, model, batch_size, square=False):
             prepared = with_prefix(prepare([rows[i] for i in group], model, explainer.tokenizer), model)
 
             def keep(latent: Latent, site: Site, mask: Tensor, group: Sequence[int], x: Tensor) -> Tensor:
                 if threading.get_ident() == thread:
+                    site.refuse_other_tokens(x, mask.shape)
                     columns = latent.columns(x.shape[-1], site.heads)
-                    found = x.detach().reshape(*mask.shape, -1).cpu()
-                    found = found if columns is None else found[..., columns]
-                    for place, row, real in zip(group, found, mask, strict=True):
+                    values = x.detach().reshape(*mask.shape, -1).cpu()
+                    values = values if columns is None else values[..., columns]
+                    for place, row, real in zip(group, values, mask, strict=True):
                         kept[latent][place] = row[real].clone()
                 return x
 
             with ExitStack() as undo:
-                for latent in wanted:
+                for latent in found:
                     site = known[latent.name, latent.layer]
-                    undo.enter_context(_hooked(site, partial(keep, latent, site, prepared.mask, group)))
+                    undo.enter_context(_placed(site, partial(keep, latent, site, prepared.mask, group)))
                 forward(model, prepared)
     heads = next((site.heads for site in known.values() if site.latent == "head"), 1)
     return Activations(
@@ -208,8 +220,42 @@ def activations(
 
 def _sites(model: Model, patch_map: PatchMap, keys: Any) -> dict[tuple[str, int], Site]:
     """Every place of the latents whose names the keys begin with; unknown names are for `latent_of` to refuse."""
-    named = [name for name in LATENTS if any(isinstance(key, tuple) and key and key[0] == name for key in keys)]
-    return {(site.latent, site.layer): site for site in sites(model, patch_map, named or LATENTS[:1])}
+    layers: dict[str, list[Any]] = {}
+    paths = []
+    for key in map(named, keys):
+        if isinstance(key, tuple) and key and key[0] in STEERABLE:
+            layers.setdefault(key[0], []).append(key[1] if len(key) > 1 else None)
+        elif isinstance(key, str) and alias(key) is None and not _is_kind(key):
+            paths += wanted(key)
+    found = sites(model, patch_map, paths)
+    for name, numbers in (layers or ({} if paths else {"residual": []})).items():
+        found += _of_layers(model, patch_map, name, numbers)
+    return {(site.latent, site.layer): site for site in found}
+
+
+def _of_layers(model: Model, patch_map: PatchMap, name: str, layers: Sequence[Any]) -> list[Site]:
+    """The latent's places in all layers, or in those asked for where others don't have it."""
+    try:
+        try:
+            return sites(model, patch_map, [Keep(name)])
+        except ValueError:
+            if not layers or not all(isinstance(layer, int) and layer >= 0 for layer in layers):
+                raise
+            return sites(model, patch_map, [Keep(name, layers=layers)])
+    except UnknownPlace as error:
+        ways = [f"{name!r} in the layers that have one: layers={error.layers}"] if error.layers else []
+        ways += ["'mlp_out', what the experts add together"] if error.experts else []
+        known = f", or give the Attributor a PatchMap with the {name} path" if name in ("head", "neuron") else ""
+        ways = ways or [f"the output of a module by its path{known}"]
+        raise ValueError(f"{error.what} Steer {'; or '.join(ways)}") from None
+
+
+def _is_kind(key: object) -> bool:
+    return isinstance(key, str) and key in KINDS
+
+
+def _placed(site: Site, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    return replaced(site, change) if site.end == "branch" else hooked(site, carried(change))
 
 
 def _check(latent: Latent, change: Intervention, site: Site, width: int, dtype: torch.dtype) -> None:
@@ -219,30 +265,10 @@ def _check(latent: Latent, change: Intervention, site: Site, width: int, dtype: 
 
 def _width(model: Model, site: Site) -> int | None:
     """How many numbers the activation has, where that can be known before it is there."""
-    if site.latent == "residual":
+    if site.latent not in KINDS:
+        width = getattr(site.module, "out_features", getattr(site.module, "nf", None))
+    elif site.latent in ("residual", "residual_pre", "attn_out", "mlp_out"):
         width = getattr(model.config.get_text_config(), "hidden_size", None)
     else:
         width = getattr(site.module, "in_features", getattr(site.module, "nx", None))  # nx: GPT-2's Conv1D
     return width if isinstance(width, int) else None
-
-
-@contextmanager
-def _hooked(site: Site, change: Any) -> Iterator[None]:
-    """Meanwhile `change` is called with the activation there, and gives what goes on in its place."""
-
-    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return change(output)
-        return (change(output[0]), *output[1:])
-
-    def on_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (change(args[0]), *args[1:])
-
-    if site.latent == "residual":
-        handle = site.module.register_forward_hook(on_output)
-    else:
-        handle = site.module.register_forward_pre_hook(on_input)
-    try:
-        yield
-    finally:
-        handle.remove()

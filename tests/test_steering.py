@@ -242,6 +242,12 @@ def test_the_encoder_of_an_encoder_decoder_is_steered():
     explainer = Attributor(model)
     ids, mask = padded(PROMPTS, "right")
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    read = activations(explainer, PROMPTS, ["residual", ("attn_out", 1)])
+    with torch.no_grad():
+        states = model.encoder(input_ids=torch.tensor([PROMPTS[0]]), output_hidden_states=True).hidden_states
+    assert_close(read["residual", 0][: len(PROMPTS[0])], states[1][0], 1e-5)
+    with explainer.steer({("attn_out", 1): Ablate("mean", read)}):
+        assert explainer.attribute(PROMPTS[0], target=4).check().ok
     with explainer.steer({("residual", 1): Add(5 * torch.randn(32), positions=[1])}):
         together = model.generate(ids, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True)
         alone = model.generate(torch.tensor([PROMPTS[1]]), **options, output_logits=True, return_dict_in_generate=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from small import PROMPTS, llama
 from steered import IDS, built, logits
 
@@ -13,7 +14,16 @@ VECTOR = torch.ones(32)
 
 
 BAD = {
-    "unknown latent": ({("neurons", 0, 1): 1.0}, ValueError, "unknown latent 'neurons'; .*did you mean 'neuron'"),
+    "unknown latent": ({("neurons", 0, 1): 1.0}, ValueError, "'neurons' is no latent; did you mean 'neuron'"),
+    "what can be steered": (
+        {("haed", 1, 2): 0},
+        ValueError,
+        r"Steered can be residual, residual_pre, .*, neuron, each",
+    ),
+    "pattern": ({("pattern", 1): 0}, ValueError, "'pattern' can be read but not steered"),
+    "path": ({"model.layers.1.mpl": 0}, ValueError, "did you mean 'model.layers.1.mlp'"),
+    "path's vector": ({"model.layers.1.mlp.up_proj": VECTOR}, ValueError, "up_proj' has 48 numbers, .* for it 32"),
+    "part of what is added": ({("attn_out", 1, 32): 0}, ValueError, "has the dimensions 0 to 31, and 32 is none"),
     "no key": ({"neuron": 1.0}, TypeError, r"\('residual', 6\)"),
     "no layer": ({("neuron",): 1.0}, TypeError, "named by"),
     "layer": ({("neuron", 3, 1): 1.0}, ValueError, "the model has the layers 0 to 2, and 3 is none"),
@@ -33,6 +43,17 @@ BAD = {
     "flag": ({("neuron", 0, 1): True}, TypeError, "got bool"),
     "empty": ({}, TypeError, r"\{\('neuron', 7, 1234\): 3.0\}"),
 }
+
+
+def test_tokens_before_rows_are_not_taken_for_rows():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 40}
+    model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes)).eval()
+    rows = [IDS, list(reversed(IDS))]
+    with Attributor(model).steer({("residual", 0): Add(1.0, positions=2)}):
+        logits(model, rows[:1])  # the order of one row's is clear
+        with pytest.raises(ValueError, match=r"\(7, 2, 32\) has not one place .* in this order.* one row at a time"):
+            logits(model, rows)
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
@@ -61,6 +82,8 @@ def test_bad_interventions_are_refused():
         Ablate("zero", reference)
     with pytest.raises(ValueError, match=r"the reference has no \('head', 1, 2\); it has \('head', 1, 0\)"):
         explainer.steer({("head", 1, 2): Ablate("mean", reference)})
+    with pytest.raises(ValueError, match="'pattern' can be read but not steered"):
+        activations(explainer, PROMPTS, ["pattern"])
     with pytest.raises(TypeError, match="latents must be a list"):
         activations(explainer, PROMPTS, "head")
     other = activations(Attributor(built("gemma3")), [IDS], [("neuron", 0)])
@@ -98,7 +121,8 @@ def test_positions_that_no_row_has_are_refused():
 
 
 def test_what_an_architecture_lacks_is_named():
-    with pytest.raises(ValueError, match=r"'neuron' is not known for layer 0 of Qwen3MoeForCausalLM"):
+    message = r"'neuron' is not known for layer 0 of Qwen3MoeForCausalLM.* each of its experts .* Steer 'mlp_out'"
+    with pytest.raises(ValueError, match=message):
         Attributor(built("qwen3_moe")).steer({("neuron", 0, 1): 0.0})
     with pytest.raises(ValueError, match=r"'head' is not known .* give the Attributor a PatchMap with the head path"):
-        Attributor(llama(), patch_map=lxt.PatchMap()).steer({("head", 0, 1): 0.0})
+        Attributor(llama(), patch_map=lxt.PatchMap(head="attention.out")).steer({("head", 0, 1): 0.0})
