@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lxt import audit, neurons, steering
     from lxt.attribution import Attribution
-    from lxt.attributor import Attributor, load
+    from lxt.attributor import Attributor
     from lxt.composites import ATTN_LRP, CP_LRP, GRADIENT, Composite, Epsilon, Gamma
     from lxt.declaring import declare
+    from lxt.latents import Features, Keep
     from lxt.mode import UnknownOperation
+    from lxt.opening import load
     from lxt.patching import PatchHandle, monkey_patch
     from lxt.patchmap import PatchMap
+    from lxt.qkrelevance import AttentionRelevance
     from lxt.sentences import Similarity, similarity
     from lxt.steps import Steps
     from lxt.targets import Target
@@ -30,11 +33,14 @@ __all__ = [
     "ATTN_LRP",
     "CP_LRP",
     "GRADIENT",
+    "AttentionRelevance",
     "Attribution",
     "Attributor",
     "Composite",
     "Epsilon",
+    "Features",
     "Gamma",
+    "Keep",
     "PatchHandle",
     "PatchMap",
     "Similarity",
@@ -54,13 +60,16 @@ __version__ = "3.0.0.dev0"
 
 _HOME = {
     "ATTN_LRP": "lxt.composites",
+    "AttentionRelevance": "lxt.qkrelevance",
     "Attribution": "lxt.attribution",
     "Attributor": "lxt.attributor",
     "CP_LRP": "lxt.composites",
     "Composite": "lxt.composites",
     "Epsilon": "lxt.composites",
+    "Features": "lxt.latents",
     "GRADIENT": "lxt.composites",
     "Gamma": "lxt.composites",
+    "Keep": "lxt.latents",
     "PatchHandle": "lxt.patching",
     "PatchMap": "lxt.patchmap",
     "Similarity": "lxt.sentences",
@@ -68,7 +77,7 @@ _HOME = {
     "Target": "lxt.targets",
     "UnknownOperation": "lxt.mode",
     "declare": "lxt.declaring",
-    "load": "lxt.attributor",
+    "load": "lxt.opening",
     "monkey_patch": "lxt.patching",
     "similarity": "lxt.sentences",
 }

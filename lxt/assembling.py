@@ -11,17 +11,25 @@ from torch.nn.functional import pad
 
 from lxt.attribution import Explained, Prediction
 from lxt.inputs import Model, Row, task
+from lxt.latents import joined as joined_latents
 from lxt.passes import Result
 from lxt.requesting import Request
 from lxt.spans import named
 from lxt.targets import Goal, name_of
 from lxt.tokens import display
 
-__all__ = ["assembled", "explained", "prediction", "predictions"]
+__all__ = ["Standing", "assembled", "explained", "prediction", "predictions", "standing", "standings"]
+
+Standing = tuple[int, float]  # how many tokens are more probable than the explained one, and its probability
 
 
 def assembled(
-    request: Request, results: Sequence[Result], predicted: Sequence[Prediction], model: Model, tokenizer: Any
+    request: Request,
+    results: Sequence[Result],
+    predicted: Sequence[Prediction],
+    stands: Sequence[Standing | None],
+    model: Model,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     """The fields of an Attribution that the passes decide.
 
@@ -29,6 +37,7 @@ def assembled(
         request: what was asked for.
         results: those of its groups.
         predicted: for each goal of the results.
+        stands: for each goal of the results.
         model: for the names of classes.
         tokenizer: for the names of tokens; may be None.
     """
@@ -45,12 +54,13 @@ def assembled(
 
     tokens = [[""] * (width - len(row)) + row for result in results for row in result.tokens]
     targets = [
-        explained(goal, float(value), row, prefix, model, tokenizer)
-        for goal, value, row, prefix in zip(
+        explained(goal, float(value), row, prefix, model, tokenizer, stand)
+        for goal, value, row, prefix, stand in zip(
             [goal for result in results for goal in result.goals],
             torch.cat([result.values for result in results]),
             [request.rows[i] for group in request.groups for i in group for _ in request.goals[i]],
             [prefix for result in results for prefix in _each(result.prefix, len(result.goals))],
+            stands,
             strict=True,
         )
     ]
@@ -63,7 +73,11 @@ def assembled(
         "special": joined([result.special for result in results], 0, 1),
         "explained": [targets[i] for i in order.tolist()],
         "predictions": [predicted[i] for i in order.tolist()],
-        "latents": {name: joined([result.latents[name] for result in results], 1, 2) for name in request.latents},
+        "latents": {
+            name: joined_latents([result.latents[name] for result in results], order, width)
+            for keep in request.latents
+            for name in keep.names
+        },
     }
 
 
@@ -72,7 +86,13 @@ def _each(values: Tensor | None, count: int) -> Sequence[float | None]:
 
 
 def explained(
-    goal: Goal, value: float, row: Row, prefix: float | None, model: Model, tokenizer: Any = None
+    goal: Goal,
+    value: float,
+    row: Row,
+    prefix: float | None,
+    model: Model,
+    tokenizer: Any = None,
+    stand: Standing | None = None,
 ) -> Explained:
     """What one row explains, with its name."""
 
@@ -93,13 +113,28 @@ def explained(
     if foils:
         label += f" − {foils}" if len(goal.contrast) == 1 else f" − mean({foils})"
     positions = () if task(model) in ("sequence", "seq2seq", "image", "question") else goal.positions
-    return Explained(label, goal.kind, value, positions[0] if len(positions) == 1 else None, prefix)
+    single = positions[0] if len(positions) == 1 else None
+    return Explained(label, goal.kind, value, single, prefix, tuple(positions), *(stand or (None, None)))
 
 
 def predictions(result: Result, model: Model, tokenizer: Any = None) -> list[Prediction]:
     """What the model predicts where each goal of a pass is explained."""
     spots = zip(result.spots.tolist(), result.tokens, strict=True)
     return [prediction(result.logits[row, column], model, tokenizer, tokens) for (row, column), tokens in spots]
+
+
+def standings(result: Result) -> list[Standing | None]:
+    """How what each goal of a pass explains stands among what could be predicted there."""
+    both = zip(result.goals, result.spots.tolist(), strict=True)
+    return [standing(goal, result.logits[row, column]) for goal, (row, column) in both]
+
+
+def standing(goal: Goal, logits: Tensor) -> Standing | None:
+    """The same for one goal, by the logits where it is explained, [vocabulary]; None where it is not one token."""
+    if goal.function is not None or goal.span or len(goal.ids) != 1:
+        return None
+    own = goal.ids[0]
+    return int((logits > logits[own]).sum()), float(logits.softmax(-1)[own])
 
 
 def prediction(logits: Tensor, model: Model, tokenizer: Any = None, tokens: Sequence[str] = ()) -> Prediction:

@@ -17,7 +17,7 @@ from lxt.coefficients import wide
 from lxt.composites import Composite
 from lxt.rules import scale_gradient, stop, tempered_softmax, value_attention
 
-__all__ = ["SEEN_BY_THE_MODE", "scaled_dot_product_attention", "under_rule"]
+__all__ = ["SEEN_BY_THE_MODE", "scaled_dot_product_attention", "share_of_weights", "under_rule"]
 
 SEEN_BY_THE_MODE = (None, "eager", "sdpa")  # transformers' implementations that are torch operations
 
@@ -87,6 +87,14 @@ def under_rule(
         scale_gradient(x, share) if x.requires_grad else x for x, share in zip((query, key, value), shares, strict=True)
     )
     return query, key, value
+
+
+def share_of_weights(composite: Composite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> float:
+    """What part of the relevance that flows from key to query goes through the weights P: c_P = share * v c_out."""
+    is_scored = query.requires_grad or key.requires_grad or (mask is not None and mask.requires_grad)
+    if composite.attention == "value_only" or not is_scored:
+        return 0.0
+    return 1.0 if composite.attention == "gradient" or not value.requires_grad else sum(composite.qkv[:2])
 
 
 def _shares(

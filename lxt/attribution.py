@@ -6,26 +6,26 @@ compared with the value itself (`conservation`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
+from lxt import resultfile
 from lxt.imagerelevance import ImageRelevance, from_tensors, stacked, to_tensors
+from lxt.latents import LatentRelevance, Latents, Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lxt.neurons import Neurons
+
 __all__ = ["Attribution", "Explained", "Prediction"]
 
-FORMAT = 1  # version of the file; raise it when a reader of the old one would misread the new one
-_KEY = "lxt.attribution"
-_RANKS = {"residual": 3, "head": 4, "neuron": 4}
 _ROWS_SHOWN = 20  # more rows than that scroll away what the reader asked for
 
 
@@ -39,6 +39,9 @@ class Explained:
         value: the explained number, target minus contrast.
         position: the explained position among the row's own tokens; None where there is no single one.
         prefix: the relevance that went to the decoder's own tokens, in encoder-decoders; None elsewhere.
+        positions: all explained positions among the row's own tokens, where there are any.
+        rank: how many tokens (or classes) the model finds more probable; None where not one token is explained.
+        probability: of the explained token, likewise.
     """
 
     label: str
@@ -46,6 +49,13 @@ class Explained:
     value: float
     position: int | None = None
     prefix: float | None = None
+    positions: tuple[int, ...] = ()
+    rank: int | None = None
+    probability: float | None = None
+
+    def __post_init__(self) -> None:
+        alone = () if self.position is None else (self.position,)
+        object.__setattr__(self, "positions", tuple(self.positions) or alone)  # a list, where it was read from a file
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,8 @@ class Attribution:
         predictions: one per row, or none at all.
         model: the model's name.
         rules: the composite's name.
-        latents: relevance inside the model: `residual` [layer, batch, token], `head` [layer, batch, token, head],
-            `neuron` [layer, batch, token, neuron].
+        latents: relevance inside the model by name, read-only and read when it is asked for: `residual` [layer, batch,
+            token], `head` [layer, batch, token, head], `neuron` [layer, batch, token, neuron], ...
         versions: package -> version of what computed it.
         images: relevance on each image that the model saw. The tokens of an image classifier are its patches.
         checker: not stored: how `check()` reports on the run.
@@ -91,7 +101,7 @@ class Attribution:
     predictions: list[Prediction]
     model: str
     rules: str
-    latents: dict[str, Tensor] = field(default_factory=dict)
+    latents: Mapping[str, LatentRelevance] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     images: tuple[ImageRelevance, ...] = ()
 
@@ -105,9 +115,9 @@ class Attribution:
         put(self, "special", self.special.detach().cpu().bool())
         if self.token_ids is not None:
             put(self, "token_ids", self.token_ids.detach().cpu().long())
-        put(self, "latents", {name: latent.detach().cpu() for name, latent in self.latents.items()})
         self._check_shapes()
         self._check_numbers()
+        put(self, "latents", Latents.of(self.latents, Tokens(self.tokens, self.mask, self.special)))
 
     def _check_shapes(self) -> None:
         shape = tuple(self.relevance.shape)
@@ -129,11 +139,6 @@ class Attribution:
                 f"{batch} rows need {batch} explained and {batch} (or no) predictions, "
                 f"got {len(self.explained)} and {len(self.predictions)}"
             )
-        for name, latent in self.latents.items():
-            rank = _RANKS.get(name, max(3, latent.ndim))
-            if latent.ndim != rank or tuple(latent.shape[1:3]) != shape:
-                wanted = ["layer", batch, length, *([name] if rank > 3 else [])]
-                raise ValueError(f"latents[{name!r}] has shape {tuple(latent.shape)}; it must be {wanted}")
 
     def _check_numbers(self) -> None:
         bad = ~torch.isfinite(self.relevance)
@@ -143,10 +148,6 @@ class Attribution:
                 f"relevance holds {int(bad.sum())} numbers that aren't finite, first at row {row}, token {place} "
                 f"({self.tokens[row][place]!r}); look for inf or NaN in the weights or embeddings, or use a wider dtype"
             )
-        for name, latent in self.latents.items():
-            # inf and NaN show in the extremes, which take no memory; isfinite() takes twice that of all layers.
-            if latent.numel() and not torch.stack(latent.aminmax()).isfinite().all():
-                raise ValueError(f"latents[{name!r}] holds numbers that aren't finite; use a wider dtype")
         stray = (self.relevance != 0) & ~self.mask
         if stray.any():
             row, place = (int(i) for i in stray.nonzero()[0])
@@ -183,7 +184,7 @@ class Attribution:
             special=self.special[index : index + 1, keep],
             explained=self.explained[index : index + 1],
             predictions=self.predictions[index : index + 1],
-            latents={name: latent[:, index : index + 1][:, :, keep] for name, latent in self.latents.items()},
+            latents=cast(Latents, self.latents).of_row(index),
             images=tuple(replace(image, row=0) for image in self.images if image.row == index),
         )
         return one if self.checker is None else one.with_checker(self.checker)
@@ -269,14 +270,31 @@ class Attribution:
 
     def to_html(self, path: str | os.PathLike[str], special: bool = True, scale_special: bool = False) -> None:
         """Write one self-contained page: no network, light and dark; options as in `show`."""
-        from lxt.show.files import write
+        from lxt.show.files import check_suffix, write
 
+        check_suffix(path, (".html", ".htm"), "to_html")
         if self.images:
             from lxt.show.imagehtml import page
         else:
             from lxt.show.html import page
 
         write(path, page(self, special=special, scale_special=scale_special).encode())
+
+    def explore(
+        self, path: str | os.PathLike[str], labels: Neurons | Mapping[tuple[int, int], str] | None = None
+    ) -> None:
+        """Write the explorer, one offline page below 2 MB: from a prediction to its tokens, layers, heads and neurons.
+
+        Args:
+            path: where; it shows what was kept, as by `latents=("residual", "head", lxt.Keep("neuron", top=20))`.
+            labels: what `lxt.neurons.load(folder)` gives, for the contexts that neurons or heads stand for; or as in
+                `plot_neurons`.
+        """
+        from lxt.show.explorer import page
+        from lxt.show.files import check_suffix, write
+
+        check_suffix(path, (".html", ".htm"), "explore")
+        write(path, page(self, labels).encode())
 
     def plot(
         self,
@@ -302,15 +320,85 @@ class Attribution:
             figure = picture(self, normalise=normalise, special=special, scale_special=scale_special)
         return written(figure, path)
 
+    def plot_heads(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        token: int | None = None,
+        special: bool = True,
+        top: int = 8,
+        latent: str = "head",
+    ) -> Figure:
+        """Layers × heads, and the strongest heads by name; needs the latent `head`, or what `latent` says.
+
+        Args:
+            path: as in `plot`.
+            token: the heads' relevance at this token of the row's own, from 0; None is their sum over all tokens.
+            special: count special tokens in that sum.
+            top: how many heads to name.
+            latent: another one with few parts in a layer: `query`, `key`, `value`, `expert` or `router`.
+        """
+        from lxt.show.figure import written
+        from lxt.show.heads import picture
+
+        return written(picture(self, token, special, top, latent), path)
+
+    def plot_neurons(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        token: int | None = None,
+        special: bool = True,
+        top: int = 5,
+        labels: Neurons | Mapping[tuple[int, int], str] | None = None,
+        layer: int | Sequence[int] | None = None,
+    ) -> Figure:
+        """The strongest neurons of each layer; needs the latent `neuron`, of one row.
+
+        Args:
+            path: as in `plot`.
+            token: as in `plot_heads`.
+            special: as in `plot_heads`.
+            top: how many neurons of each layer.
+            labels: what they stand for: what `lxt.neurons.load` gives, or (layer, neuron) -> label.
+            layer: the number of a layer, or several; None is all.
+        """
+        from lxt.show.figure import written
+        from lxt.show.topneurons import picture
+
+        return written(picture(self, token, special, top, labels, layer), path)
+
+    def plot_attention(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        head: tuple[int, int] | None = None,
+        top: int = 6,
+        special: bool = True,
+        scale_special: bool = False,
+    ) -> Figure:
+        """Attention weighted by relevance: what heads carry from key to query; needs the latent `flow`, of one row.
+
+        Args:
+            path: as in `plot`.
+            head: (layer, head), both from 0; None draws the `top` heads that carry most, side by side.
+            top: how many heads.
+            special: as in `plot`.
+            scale_special: colour and count special tokens too.
+        """
+        from lxt.show.carriedmaps import picture
+        from lxt.show.figure import written
+
+        return written(picture(self, head, top, special, scale_special), path)
+
     def to_pdf(self, path: str | os.PathLike[str], special: bool = True, scale_special: bool = False) -> None:
         """Write the coloured text as PDF: typeset by LaTeX where there is one, otherwise by matplotlib.
 
         Images make it the picture of `plot`.
         """
         from lxt.show.figure import save
+        from lxt.show.files import check_suffix
         from lxt.show.imagefigure import picture
         from lxt.show.latex import attribution_pdf
 
+        check_suffix(path, (".pdf",), "to_pdf")
         if self.images:
             save(picture(self, special=special, scale_special=scale_special), path)
             return
@@ -320,7 +408,8 @@ class Attribution:
         """Everything as plain lists and numbers, row by row without padding; ready for `json.dumps`.
 
         Args:
-            latents: include the latents, [layer][token] and so on; they can be large.
+            latents: include the latents, [layer][token] and so on, and the numbers of their layers; they can be large.
+                Where the largest were kept, their values, the parts that these are of, and the sum of the rest.
         """
         rows = []
         for row, one in enumerate(self):
@@ -335,82 +424,65 @@ class Attribution:
                     "prediction": asdict(self.predictions[row]) if self.predictions else None,
                     "total": float(one.total[0]),
                     "conservation": None if math.isnan(ratio) else ratio,
-                    **({"latents": {name: x[:, 0].tolist() for name, x in one.latents.items()}} if latents else {}),
+                    **({"latents": {name: _listed(x) for name, x in one.latents.items()}} if latents else {}),
                 }
             )
-        return {"model": self.model, "rules": self.rules, "versions": dict(self.versions), "rows": rows}
+        layers = {"layers": {name: list(x.layers) for name, x in self.latents.items()}} if latents else {}
+        return {"model": self.model, "rules": self.rules, "versions": dict(self.versions), **layers, "rows": rows}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one safetensors file, which `load` reads without the model."""
-        from safetensors.torch import save
+        """Write everything to one safetensors file, which `load` reads without the model.
 
-        from lxt.show.files import write
-
+        Raises:
+            ValueError: the path ends in a suffix other than .safetensors.
+            OSError: it can't be written.
+        """
         tensors = {"relevance": self.relevance, "mask": self.mask, "special": self.special}
         tensors |= {} if self.token_ids is None else {"token_ids": self.token_ids}
-        tensors |= {f"latents.{name}": latent for name, latent in self.latents.items()}
-        tensors |= to_tensors(self.images)
         about = {
-            "format": FORMAT,
             "tokens": self.tokens,
             "explained": [asdict(explained) for explained in self.explained],
             "predictions": [asdict(prediction) for prediction in self.predictions],
             "model": self.model,
             "rules": self.rules,
-            "latents": list(self.latents),
             "images": [image.row for image in self.images],
             "versions": dict(self.versions),
         }
-        # clone: safetensors refuses tensors that share memory; ASCII JSON: keeps lone surrogates, which aren't UTF-8
-        content = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        write(path, save(content, metadata={_KEY: json.dumps(about)}))
+        resultfile.write_result(path, tensors | to_tensors(self.images), self.latents, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
-        """Read what `save` wrote.
+        """Read what `save` wrote; latents stay in the file until they are asked for.
 
         Raises:
             FileNotFoundError: nothing is there.
             ValueError: the file is not ours, is damaged, or is from a newer lxt.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = os.path.expanduser(path)
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no file at {str(path)!r}; give the path that Attribution.save wrote")
-        if os.path.isdir(path):
-            raise IsADirectoryError(f"{str(path)!r} is a folder; give the file that Attribution.save wrote")
-        hint = f"{str(path)!r} is not a file of lxt: %s; allowed are files that Attribution.save wrote"
+        tensors, about, hint = resultfile.read(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                if _KEY not in metadata:
-                    raise ValueError(hint % f"it is safetensors, but holds {', '.join(names[:5]) or 'nothing'}")
-                about = json.loads(metadata[_KEY])
-                if about["format"] > FORMAT:
-                    raise ValueError(
-                        hint % f"its format is {about['format']} and this lxt reads {FORMAT}, so update lxt"
-                    )
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(hint % f"safetensors can't read it ({error})") from error
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(hint % f"its metadata is damaged ({error!r})") from error
-        try:
+            mask, special = tensors["mask"].bool(), tensors["special"].bool()
+            kept = resultfile.sources(path, about["latents"])
             return cls(
                 tokens=about["tokens"],
                 token_ids=tensors.get("token_ids"),
                 relevance=tensors["relevance"],
-                mask=tensors["mask"],
-                special=tensors["special"],
+                mask=mask,
+                special=special,
                 explained=[Explained(**entry) for entry in about["explained"]],
                 predictions=[Prediction(**entry) for entry in about["predictions"]],
                 model=about["model"],
                 rules=about["rules"],
-                latents={name: tensors[f"latents.{name}"] for name in about["latents"]},
+                latents=Latents(kept, Tokens(about["tokens"], mask, special)),
                 versions=about["versions"],
                 images=from_tensors(tensors, about.get("images", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(hint % f"part of it is missing ({error!r})") from error
+
+
+def _listed(latent: LatentRelevance) -> Any:
+    """One row's latent as lists, [layer][token] and so on."""
+    values = latent.values[:, 0].tolist()
+    if latent.indices is None or latent.rest is None:
+        return values
+    return {"values": values, "indices": latent.indices[:, 0].tolist(), "rest": latent.rest[:, 0].tolist()}

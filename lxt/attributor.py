@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lxt.assembling import assembled, explained, prediction, predictions
+from lxt.assembling import assembled, explained, prediction, predictions, standing, standings
 from lxt.attribution import Attribution
 from lxt.checkpointing import Checkpoint, checkpointed
 from lxt.compiling import uncompiled
@@ -32,8 +30,8 @@ from lxt.fitting import Choice, checked, in_passes
 from lxt.imagegeometry import image_relevances
 from lxt.images import ImageExplainer, ImageRequest, image_request, tokens_of
 from lxt.inputs import read, task
-from lxt.latents import names, streams
-from lxt.loading import budget_of, device_of, dtype_of, model_of, processor_of
+from lxt.latents import Keep, streams
+from lxt.latents import wanted as wanted_latents
 from lxt.memory import parse_bytes
 from lxt.passes import Result, audited, run
 from lxt.patches import patch_map_for
@@ -42,17 +40,20 @@ from lxt.patchmap import PatchMap
 from lxt.pixels import split_processor
 from lxt.planning import Planner
 from lxt.preconditions import refuse_missing_weights, refuse_virtual_tokens
+from lxt.qk import attribute_attention
+from lxt.qkrelevance import AttentionRelevance, Foil
 from lxt.requesting import Request, request_of, targets_of
 from lxt.steering import Key, Steering
 from lxt.steps import Steps, attribute_steps
 from lxt.targets import Kind, Score, Target, Token
 from lxt.targets import resolve as resolve_targets
+from lxt.versions import versions
 
 if TYPE_CHECKING:
     from lxt.checking import CheckReport
     from lxt.forecast import Forecast
 
-__all__ = ["Attributor", "Request", "Result", "load", "lock_of", "versions"]
+__all__ = ["Attributor", "Request", "Result", "lock_of", "versions"]
 
 # One lock per model, since the patch and the hooks of one pass would reach another's forward.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -105,6 +106,7 @@ class Attributor:
         self.patch_map = patch_map
         self.memory = None if memory is None else parse_bytes(memory)
         self.checkpoint: Choice = checked(checkpoint, self.memory)
+        self._said: set[str] = set()
         task(self.model)
         refuse_missing_weights(self.model)
 
@@ -121,7 +123,7 @@ class Attributor:
         inputs: object,
         target: OneTarget | Sequence[OneTarget] = None,
         contrast: Token | Sequence[Token] | None = None,
-        latents: str | Sequence[str] = (),
+        latents: str | Keep | Sequence[str | Keep] = (),
         batch_size: int | None = None,
         images: object = None,
     ) -> Attribution:
@@ -136,7 +138,7 @@ class Attributor:
                 or a list with one per prompt (several of one prompt: `attribute_targets`). None is what the model
                 predicts.
             contrast: token or tokens to subtract (several: their mean).
-            latents: which relevances inside the model to keep: "residual", "head", "neuron".
+            latents: what inside the model to keep the relevance of: `lxt.latents.KINDS`, a module's path, or Keep.
             batch_size: how many prompts run at once; None is all that can. Texts with images run one by one.
             images: those of the one prompt, or a list with those of each prompt, where the inputs don't hold them.
 
@@ -147,7 +149,7 @@ class Attributor:
         """
         refuse_missing_weights(self.model)
         refuse_virtual_tokens(self.model)
-        wanted = names(latents)
+        wanted = wanted_latents(latents)
         if images is not None or task(self.model) == "image" or shows_images(inputs):
             return self._attribute_images(inputs, images, target, contrast, wanted, batch_size)
         prompts = read(inputs, self.model, self.tokenizer)
@@ -159,7 +161,7 @@ class Attributor:
         self,
         inputs: object,
         target: OneTarget | Sequence[OneTarget] = None,
-        latents: str | Sequence[str] = (),
+        latents: str | Keep | Sequence[str | Keep] = (),
         batch_size: int | None = None,
     ) -> Forecast:
         """What `attribute` with the same arguments would take of memory and time; nothing is computed.
@@ -175,7 +177,7 @@ class Attributor:
         Raises:
             ValueError: images, or a model that decides by its numbers what to compute.
         """
-        wanted = names(latents)
+        wanted = wanted_latents(latents)
         if task(self.model) == "image" or shows_images(inputs):
             raise ValueError("forecast knows text alone so far; leave images out")
         prompts = read(inputs, self.model, self.tokenizer)
@@ -189,7 +191,7 @@ class Attributor:
         targets: Sequence[OneTarget] | Sequence[Sequence[OneTarget]] | Tensor | None = None,
         top: int | None = None,
         contrast: Token | Sequence[Token] | None = None,
-        latents: str | Sequence[str] = (),
+        latents: str | Keep | Sequence[str | Keep] = (),
         batch_size: int | None = None,
     ) -> Attribution:
         """Relevance of every input token for each of several targets: one forward, and one backward for each target.
@@ -214,7 +216,7 @@ class Attributor:
         """
         refuse_missing_weights(self.model)
         refuse_virtual_tokens(self.model)
-        wanted = names(latents)
+        wanted = wanted_latents(latents)
         if task(self.model) == "image" or shows_images(inputs):
             raise ValueError("attribute_targets explains text; where there are images call attribute() for each target")
         prompts = read(inputs, self.model, self.tokenizer)
@@ -255,17 +257,40 @@ class Attributor:
             found = attribute_steps(self.model, self.tokenizer, source, target, kind, max_new_tokens, self._patch)
         return Steps(**found, model=self.name, rules=self.rules.name, versions=versions())
 
+    def attribute_attention(
+        self, inputs: object, layer: int, head: int, query: int = -1, key: int | None = None, contrast: Foil = "mean"
+    ) -> AttentionRelevance:
+        """Why a head looked where it looked: an attention score by source token, through its query and its key.
+
+        Args:
+            inputs: one prompt, as in `attribute`.
+            layer: the head's.
+            head: which; negative numbers count from the end, as those of layers and tokens do.
+            query: the position of the token that looks.
+            key: that of the token it looks at. None is where it looks most.
+            contrast: what is subtracted: "mean" of the scores of all keys that the query sees, since a softmax sees
+                differences only; the position of one other key; or None.
+
+        Raises:
+            ValueError: no such layer, head or position; a key that a mask hides; a layer without attention scores.
+        """
+        with lock_of(self.model):
+            asked = inputs, layer, head, query, key, contrast
+            found = attribute_attention(self.model, self.tokenizer, *asked, self._map(), self._patch)
+        return AttentionRelevance(**found, model=self.name, rules=self.rules.name, versions=versions())
+
     def steer(self, interventions: Mapping[Key, Any]) -> Steering:
         """With some activations set or changed, inside `with`; see `lxt.steering` for what and how."""
         return Steering(self.model, self._map(), interventions)
 
     def _attribute(self, request: Request) -> Attribution:
         request = self._planner().fitted(request)
-        results, predicted = [], []
+        results, predicted, stands = [], [], []
         for result in self.results(request):
             predicted += predictions(result, self.model, self.tokenizer)
+            stands += standings(result)
             results.append(replace(result, logits=result.logits[:0]))  # those of all prompts would fill the memory
-        found = assembled(request, results, predicted, self.model, self.tokenizer)
+        found = assembled(request, results, predicted, stands, self.model, self.tokenizer)
         return Attribution(**found, model=self.name, rules=self.rules.name, versions=versions()).with_checker(
             partial(self._check, request, [result.relevance for result in results])
         )
@@ -276,13 +301,13 @@ class Attributor:
         images: object,
         target: object,
         contrast: object,
-        latents: tuple[str, ...],
+        latents: tuple[Keep, ...],
         batch_size: int | None,
     ) -> Attribution:
         if latents:
             raise ValueError(
-                f"latents are read for text alone so far, got {', '.join(latents)}; leave latents out where there are "
-                "images"
+                f"latents are read for text alone so far, got {', '.join(keep.name for keep in latents)}; leave "
+                "latents out where there are images"
             )
         model, processor = self.model, self.processor
         request = image_request(model, processor, self.tokenizer, inputs, images, target, contrast, batch_size)
@@ -292,8 +317,9 @@ class Attributor:
             pictures += image_relevances(batch, result, model, processor, len(rows))
             rows += tokens_of(batch, result, prompts, model, self.tokenizer)
             values = result.values.tolist()
-            both = zip(result.goals, values, prompts, strict=True)
-            targets += [explained(*one, None, model, self.tokenizer) for one in both]
+            stands = map(standing, result.goals, (logits[0] for logits in result.logits))
+            each = zip(result.goals, values, prompts, stands, strict=True)
+            targets += [explained(*one[:3], None, model, self.tokenizer, one[3]) for one in each]
             predicted += [prediction(logits[0], model, self.tokenizer) for logits in result.logits]
             everything.append(result.relevance)
         width = max(len(labels) for labels, *_ in rows)
@@ -356,7 +382,8 @@ class Attributor:
         def context(checkpoint: Checkpoint) -> AbstractContextManager[Any]:
             return self.context(self._patch, checkpoint)
 
-        return Planner(self.model, self._map(), context, lock_of(self.model), self.checkpoint, self.memory)
+        lock = lock_of(self.model)
+        return Planner(self.model, self._map(), context, lock, self.checkpoint, self.memory, self._said)
 
     def _map(self) -> PatchMap:
         return self.patch_map if self.patch_map is not None else patch_map_for(self.model)
@@ -401,78 +428,3 @@ def _progress(batches: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("attributing", total=batches)
         yield lambda: progress.advance(bar)
-
-
-def versions() -> dict[str, str]:
-    """Package -> version of what a result depends on."""
-    found = {}
-    for package in ("lxt", "torch", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def load(
-    name_or_model: str | Path | nn.Module,
-    tokenizer: Any = None,
-    rules: str | Composite = "attnlrp",
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    memory: str | int | None = None,
-    gpu_memory: str | int | None = None,
-    offload_folder: str | Path | None = None,
-) -> Attributor:
-    """An Attributor for a model by name, folder or instance.
-
-    >>> lxt.load("tiny").attribute("My cats love to play with my")  # doctest: +SKIP
-
-    Args:
-        name_or_model: "tiny" (bundled), a folder, a name on the hub, or a model instance, which is not copied.
-        tokenizer: the tokenizer, or for models that see the processor; or its name. None is the model's own, and none
-            at all for an instance.
-        rules: a preset's name, or a Composite.
-        device: where to put the model. None is a GPU if there is one, and leaves an instance where it is.
-        dtype: as torch.dtype or its name. None is the checkpoint's own.
-        memory: how much this process may take, such as "4GiB", or in bytes. The weights that leave no room to compute
-            stay on disk and are read while they are needed; needs accelerate.
-        gpu_memory: the same of the GPU. None is what it has left, if `memory` is given.
-        offload_folder: where weights may be written, until the model is gone, that are stored in another form than
-            the model has: experts one by one, or files that aren't safetensors.
-
-    Raises:
-        ValueError: no such model, rules or dtype, or a model that lxt cannot explain, or not in so little memory.
-        OSError: the offload folder's disk is too small.
-    """
-    composite = resolve(rules)
-    kind = dtype_of(dtype)
-    place = device_of(device)
-    budget = budget_of(memory, gpu_memory, offload_folder, place)
-    if isinstance(name_or_model, nn.Module):
-        if gpu_memory is not None or offload_folder is not None:
-            raise ValueError(
-                "gpu_memory and offload_folder are for loading, and a model instance is where it is; load it by name, "
-                "or give memory alone, within which it is then explained"
-            )
-        model = name_or_model
-        if device is not None or kind is not None:
-            model = model.to(device=place if device is not None else None, dtype=kind)
-        given = processor_of(tokenizer, model) if isinstance(tokenizer, (str, Path)) else tokenizer
-        return Attributor(model, given, composite, memory=memory)
-    if not isinstance(name_or_model, (str, Path)):
-        raise TypeError(f"lxt.load takes a name, a folder or a model instance, got {type(name_or_model).__name__}")
-    name = str(name_or_model)
-    if name == "tiny":
-        from lxt import tiny
-
-        name = str(tiny.path())
-    model = model_of(name, kind, budget, offload_folder).eval()
-    if place is not None and budget is None:
-        model = model.to(place)
-    if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = processor_of(name if tokenizer is None else tokenizer, model)
-    attributor = Attributor(model, tokenizer, composite, memory=memory)
-    if str(name_or_model) == "tiny":
-        model.config.name_or_path = "tiny"
-    return attributor

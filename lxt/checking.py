@@ -23,6 +23,7 @@ from lxt.mode import UnknownOperation
 from lxt.patches import patch_map_for
 from lxt.patching import patch_model, rules_of
 from lxt.patchmap import PatchMap
+from lxt.requesting import Request
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +33,7 @@ __all__ = ["CheckReport", "Leak", "check"]
 # How far two right computations of a relevance may lie apart, relative to the largest one, by the model's dtype:
 # several times what tests/test_checking.py sees. Norms of transformers compute in float32 in a float64 model, too.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_ROWS_SHOWN = 12  # a longer table isn't read
 
 
 class Explains(Protocol):
@@ -84,6 +86,8 @@ class CheckReport:
     Attributes:
         value: the explained value, summed over the batch.
         total: the sum of all relevance of the input.
+        rows: of each row of the result, its explained value and the sum of its relevance; none where there are images,
+            which conserve together.
         leaks: where the difference went, the largest first.
         rest: what no leak explains: rounding, or the target's own function where it is not linear in the logits.
         forward_difference: the largest difference between the bare model's logits and the explained ones.
@@ -96,6 +100,7 @@ class CheckReport:
 
     value: float
     total: float
+    rows: tuple[tuple[float, float], ...]
     leaks: tuple[Leak, ...]
     rest: float
     forward_difference: float
@@ -135,8 +140,12 @@ class CheckReport:
         from rich.text import Text
 
         table = Table(title=f"check: {self._verdict()}", show_header=False, title_justify="left")
-        share = f" ({self.total / self.value:.1%})" if self.value else ""
-        table.add_row("conservation", f"Σ relevance {self.total:.4g} of {self.value:.4g}{share}")
+        if len(self.rows) > 1:  # they may explain different things: their sum says little
+            for number, (value, total) in enumerate(self.rows[:_ROWS_SHOWN]):
+                table.add_row(f"conservation of row {number}", _conserved(total, value))
+            if len(self.rows) > _ROWS_SHOWN:
+                table.add_row("", f"and {len(self.rows) - _ROWS_SHOWN} rows more, in .rows")
+        table.add_row("conservation" if len(self.rows) < 2 else "  all rows", _conserved(self.total, self.value))
         rounding = 32 * torch.finfo(self.dtype).eps * max(abs(self.value), abs(self.total))
         shown = [leak for leak in self.leaks if abs(leak.amount) > rounding]
         for leak in shown:
@@ -152,6 +161,11 @@ class CheckReport:
             table.add_row("auditor", f"differs by {self.audit_difference:.1e} of the largest relevance")
         table.add_row("operations without a rule", Text(", ".join(self.unknown) or "none"))
         return table
+
+
+def _conserved(total: float, value: float) -> str:
+    share = f" ({total / value:.1%})" if value else ""
+    return f"Σ relevance {total:.4g} of {value:.4g}{share}"
 
 
 def check(attributor: Explains, request: Any, relevance: Sequence[Tensor]) -> CheckReport:
@@ -170,8 +184,10 @@ def check(attributor: Explains, request: Any, relevance: Sequence[Tensor]) -> Ch
     if rules_of(model) is not None:
         raise ValueError("check() runs the model without rules, but it is patched: remove the handle first")
     value, prefix, difference, scale = 0.0, 0.0, 0.0, 0.0
+    values: list[float] = []
     for patched, bare in zip(attributor.results(request), attributor.results(request, nullcontext), strict=True):
         value += float(patched.values.double().sum())
+        values += patched.values.tolist()
         prefix += 0.0 if patched.prefix is None else float(patched.prefix.double().sum())
         difference = max(difference, float((patched.logits - bare.logits).abs().max()))
         scale = max(scale, float(bare.logits.abs().max()))
@@ -194,6 +210,7 @@ def check(attributor: Explains, request: Any, relevance: Sequence[Tensor]) -> Ch
     return CheckReport(
         value=value,
         total=total,
+        rows=_rows(request, values, relevance),
         leaks=leaks,
         rest=value - total - sum(leak.amount for leak in leaks),
         forward_difference=difference,
@@ -203,6 +220,15 @@ def check(attributor: Explains, request: Any, relevance: Sequence[Tensor]) -> Ch
         unknown=unknown,
         dtype=next(model.parameters()).dtype,
     )
+
+
+def _rows(request: Any, values: Sequence[float], relevance: Sequence[Tensor]) -> tuple[tuple[float, float], ...]:
+    """Value and total of each row, in the order of the result."""
+    if not isinstance(request, Request):
+        return ()
+    totals = [float(row.double().sum()) for part in relevance for row in part]
+    places = [place for group in request.groups for i in group for place in request.places[i]]
+    return tuple((value, total) for _, value, total in sorted(zip(places, values, totals, strict=True)))
 
 
 def _leaks(ledger: Ledger) -> tuple[Leak, ...]:

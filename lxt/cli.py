@@ -20,6 +20,7 @@ import lxt
 
 if TYPE_CHECKING:
     from lxt.attribution import Attribution
+    from lxt.latents import Keep
     from lxt.targets import Target
 
 __all__ = ["app", "main"]
@@ -36,12 +37,25 @@ ModelArgument = Annotated[str, typer.Argument(help="a model's name on the hub, i
 Model = Annotated[str, typer.Option("--model", "-m", help="a model's name on the hub, its folder, or `tiny`")]
 Kind = Annotated[str | None, typer.Option(help="logit, logprob, prob or centered; default: logit, logprob of several")]
 Rules = Annotated[str, typer.Option("--rules", "-r", help="attnlrp, cp or gradient")]
-Token = Annotated[
-    str | None,
-    typer.Option("--target", "-t", help="the token to explain, with its space (' dogs'); default: the predicted one"),
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", "-t", help="the token to explain, with its space (' dogs'); repeatable; default: the predicted one"
+    ),
+]
+Likeliest = Annotated[
+    int | None, typer.Option("--top", min=1, help="in place of targets: explain so many of the likeliest tokens")
 ]
 Foil = Annotated[str | None, typer.Option("--contrast", "-c", help="explain the target against this token")]
-Latents = Annotated[list[str] | None, typer.Option("--latents", "-l", help="residual, head, neuron; repeatable")]
+Latents = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--latents",
+        "-l",
+        help="relevance inside the model: residual, head, neuron, ..., blocks.5.attn.hook_z, or a module's path; "
+        "neuron:20 keeps the 20 largest of each token; repeatable",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="where to compute, such as cuda; default: where it fits")]
 Dtype = Annotated[str | None, typer.Option(help="the precision to load in: float32, bfloat16, ...")]
 Memory = Annotated[
@@ -57,6 +71,17 @@ OffloadFolder = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
+_LARGEST = 10  # lines that are printed of each latent
+_EXPLORED = ("residual", "head", "neuron:20")
+_SUFFIXES = {
+    "--html": (".html", ".htm"),
+    "--explore": (".html", ".htm"),
+    "--plot": (".png", ".pdf", ".svg"),
+    "--pdf": (".pdf",),
+    "--save": (".safetensors",),
+}
+
+
 def _file(help: str) -> Any:
     return typer.Option(dir_okay=False, help=help, show_default=False)
 
@@ -65,13 +90,21 @@ def _file(help: str) -> Any:
 def attribute(
     text: Text,
     model: Model = "tiny",
-    target: Token = None,
+    target: Targets = None,
+    top: Likeliest = None,
     contrast: Foil = None,
     kind: Kind = None,
     rules: Rules = "attnlrp",
     latents: Latents = None,
     html: Annotated[Path | None, _file("write an HTML page that needs no network")] = None,
-    plot: Annotated[Path | None, _file("write the picture layers x tokens: .png, .svg or .pdf")] = None,
+    explore: Annotated[Path | None, _file("write the page to explore layers, heads and neurons in, offline")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(file_okay=False, help="for --explore: what `lxt label` wrote", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        _file("write the picture layers x tokens (needs residual among --latents, if given): .png, .svg, .pdf"),
+    ] = None,
     pdf: Annotated[Path | None, _file("write the coloured text as PDF, by LaTeX where there is one")] = None,
     json_: Annotated[
         Path | None, typer.Option("--json", help="write this file; - prints it instead of the picture")
@@ -84,12 +117,15 @@ def attribute(
     offload_folder: OffloadFolder = None,
     debug: Debug = False,
 ) -> None:
-    """Explain one prediction, in the terminal and in the files asked for."""
+    """Explain one prediction or several, in the terminal and in the files asked for."""
     # A picture of layers x tokens needs the relevance after every layer.
-    wanted = tuple(latents or (("residual",) if plot else ()))
-    # kind is checked by Target, at run time like all that is typed at a terminal.
-    _refuse_unwritable([html, plot, pdf, save, json_])
-    what = lxt.Target(target, kind=kind, contrast=contrast)  # type: ignore[arg-type]
+    wanted = _latents(latents or (_EXPLORED if explore else ("residual",) if plot else ()))
+    _refuse_unwritable([html, explore, plot, pdf, save, json_])
+    _refuse_other_kinds({"--html": html, "--explore": explore, "--plot": plot, "--pdf": pdf, "--save": save})
+    what = _targets(target, top, kind, contrast)
+    if labels is not None and explore is None:
+        raise ValueError("--labels are shown by --explore; give it the page to write, such as --explore page.html")
+    named = None if labels is None else lxt.neurons.load(labels)
     room = {"memory": memory, "gpu_memory": gpu_memory, "offload_folder": offload_folder}
     out = _explained(text, model, rules, device, dtype, what, wanted, room)
     as_json = json.dumps(out.to_dict(latents=bool(latents)))
@@ -97,13 +133,19 @@ def attribute(
         print(as_json)
     else:
         out.show()
+        if latents:
+            _print_largest(out)
 
     def to_json(path: Path) -> None:
         from lxt.show.files import write
 
         write(path, f"{as_json}\n".encode())
 
-    for path, write in ((html, out.to_html), (plot, out.plot), (pdf, out.to_pdf), (save, out.save), (json_, to_json)):
+    def to_explorer(path: Path) -> None:
+        out.explore(path, labels=named)
+
+    files = [(html, out.to_html), (explore, to_explorer), (plot, out.plot), (pdf, out.to_pdf), (save, out.save)]
+    for path, write in (*files, (json_, to_json)):
         if path is not None and path != Path("-"):
             write(path)
             _say(f"written: {path}")
@@ -130,13 +172,13 @@ def label(
     model: ModelArgument,
     corpus: Annotated[str, typer.Option(help="a text, jsonl or parquet file, a folder of them, or a hub dataset")],
     out: Annotated[Path, typer.Option(file_okay=False, help="the results folder, where a run goes on")],
-    latent: Annotated[str, typer.Option(help="neuron")] = "neuron",
+    latent: Annotated[str, typer.Option(help="neuron or head")] = "neuron",
     layers: Annotated[str | None, typer.Option(help="such as 3,7 or 0-5; default: all")] = None,
     by: Annotated[str, typer.Option(help="relevance or activation: which contexts give the names")] = "relevance",
     top: Annotated[int, typer.Option(min=1, help="contexts of each neuron")] = 20,
     target: Annotated[list[str] | None, typer.Option(help="explain this token's predictions only; repeatable")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens in a window; default: context, 512 at most")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="windows that run at once")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="full windows that run at once; more where shorter")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="windows of a block, the most that a killed run repeats")] = 64,
     column: Annotated[str, typer.Option(help="the field or column of jsonl and parquet with the text")] = "text",
     unit: Annotated[str, typer.Option(help="what a document is in text files: line, paragraph or file")] = "line",
@@ -146,6 +188,9 @@ def label(
     rules: Rules = "attnlrp",
     device: Device = None,
     dtype: Dtype = None,
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    offload_folder: OffloadFolder = None,
     debug: Debug = False,
 ) -> None:
     """Find the places of a corpus where each neuron matters most, and name the neurons by them."""
@@ -155,7 +200,8 @@ def label(
     # before anything is downloaded
     composite, wanted, compute = resolve(rules), numbers(layers), where(ray, workers)
     with _silent_libraries(model):
-        explainer = lxt.load(model, rules=composite, device=device, dtype=dtype)
+        room = {"memory": memory, "gpu_memory": gpu_memory, "offload_folder": offload_folder}
+        explainer = lxt.load(model, rules=composite, device=device, dtype=dtype, **room)
         documents = reader(corpus, column, unit, skip_bad)
         labelled(explainer, documents, latent, wanted, by, top, out, target, length, batch_size, block_size, compute)
 
@@ -254,8 +300,8 @@ def _explained(
     rules: str,
     device: str | None,
     dtype: str | None,
-    target: Target | None = None,
-    latents: tuple[str, ...] = (),
+    targets: Sequence[Target] = (),
+    latents: Sequence[Keep] = (),
     room: Mapping[str, Any] | None = None,
 ) -> Attribution:
     from lxt.composites import resolve
@@ -263,7 +309,56 @@ def _explained(
     composite = resolve(rules)  # before anything is downloaded
     with _silent_libraries(model):
         explainer = lxt.load(model, rules=composite, device=device, dtype=dtype, **(room or {}))
-        return explainer.attribute(text, target=target, latents=latents)
+        if len(targets) > 1:
+            return explainer.attribute_targets(text, targets, latents=latents)
+        return explainer.attribute(text, target=targets[0] if targets else None, latents=latents)
+
+
+def _print_largest(out: Attribution) -> None:
+    """Of each latent the strongest entries, explanation by explanation."""
+    from lxt.show.words import shorten
+
+    encoding = sys.stdout.encoding or "utf-8"
+    for one, explained in zip(out, out.explained, strict=True):
+        what = f" for {shorten(explained.label, 80)}" if len(out) > 1 else ""
+        for name, latent in one.latents.items():
+            largest = f"\n{name}, the largest{what}:\n{latent.top(_LARGEST)}"
+            print(largest.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _latents(names: Sequence[str]) -> Sequence[Keep]:
+    """What `neuron:20` and the like ask for; refused before a model is loaded."""
+    from lxt.latents import Keep, wanted
+
+    asked = []
+    for one in names:
+        name, colon, top = one.rpartition(":")
+        if colon and not top.isdecimal():
+            raise ValueError(f"{one!r}: what follows the colon is how many to keep of each token, such as neuron:20")
+        asked.append(Keep(name, top=int(top)) if colon else one)
+    return wanted(asked)
+
+
+def _targets(tokens: list[str] | None, top: int | None, kind: str | None, contrast: str | None) -> list[Target]:
+    # kind is checked by Target, at run time like all that is typed at a terminal
+    if tokens and top is not None:
+        raise ValueError("--target says what is explained, and so does --top; give one of them")
+    options: dict[str, Any] = {"kind": kind, "contrast": contrast}
+    if top is not None:
+        return [lxt.Target(rank=rank, **options) for rank in range(top)]
+    return [lxt.Target(token, **options) for token in tokens or [None]]
+
+
+def _refuse_other_kinds(paths: Mapping[str, Path | None]) -> None:
+    """Before anything is computed: names that promise another kind of file than what is written there."""
+    from lxt.show.files import check_suffix
+
+    for option, path in paths.items():
+        if path is not None:
+            check_suffix(path, _SUFFIXES[option], option)
+    plot = paths["--plot"]
+    if plot is not None and not plot.suffix:  # which says the format, and is refused only when it is written
+        raise ValueError(f"--plot writes .png, .pdf or .svg: give {str(plot)!r} one of these suffixes")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lxt.composites import Composite
 from lxt.conversations import conversations, image_token
 from lxt.imagepasses import ImagePass, ImageResult, audited, run
 from lxt.inputs import Model, Row, task
+from lxt.latents import Keep
 from lxt.patchmap import PatchMap
 from lxt.pixels import PIXELS, classifier_batches
 from lxt.targets import resolve
@@ -39,7 +40,7 @@ class ImageRequest:
 
     passes: list[ImagePass]
     rows: list[list[Row]]
-    latents: tuple[str, ...] = ()
+    latents: tuple[Keep, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

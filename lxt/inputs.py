@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lxt.accelerate_hooks import computing_device
 from lxt.tokens import display
 
 __all__ = [
@@ -167,6 +168,7 @@ def read(inputs: object, model: Model, tokenizer: Any = None) -> list[Row]:
         rows = [_text(inputs, tokenizer)]
     elif isinstance(inputs, Tensor):
         rows = _tensor(inputs, model)
+        _refuse_padding(rows, model, tokenizer)
     elif isinstance(inputs, (list, tuple)) and inputs:
         if all(isinstance(item, Mapping) for item in inputs):
             rows = [_chat(inputs, tokenizer)]
@@ -293,6 +295,23 @@ def _tensor(tensor: Tensor, model: Model) -> list[Row]:
     return [_ids(row) for row in (tensor if tensor.dim() == 2 else tensor[None]).tolist()]
 
 
+def _refuse_padding(rows: Sequence[Row], model: Model, tokenizer: Any) -> None:
+    """Rows of unlike lengths are padded to be one tensor, and without their mask the padding would be read as text."""
+    config = model.config.get_text_config()
+    known = getattr(tokenizer, "pad_token_id", None)
+    pad = known if isinstance(known, int) else config.pad_token_id
+    ends = {getattr(x, name, None) for x in (tokenizer, config) for name in ("bos_token_id", "eos_token_id")}
+    fewest = 1 if pad == known and pad not in ends else 2  # one may be meant, as a text's beginning or end
+    for index, row in enumerate(rows if len(rows) > 1 and pad is not None else ()):
+        for ids, where in ((row.ids, "begins"), (row.ids[::-1], "ends")):
+            count = next((i for i, token in enumerate(ids) if token != pad), 0)
+            if count >= fewest:
+                raise ValueError(
+                    f"prompt {index} {where} with {count} times the padding token {pad}, which would be read as text; "
+                    "pass what the tokenizer returned with its attention_mask, or a list of token ids for each prompt"
+                )
+
+
 def check(rows: Sequence[Row], model: Model, suffix: str = "") -> None:
     """Refuse what the model cannot run on: no tokens, unknown ids, a wrong width, more tokens than the context.
 
@@ -344,8 +363,15 @@ def context(model: Model) -> int | None:
     return limit - (config.pad_token_id or 0) - 1 if _offset_positions(model) else limit
 
 
-def batches(rows: Sequence[Row], model: Model, batch_size: int | None = None) -> list[list[int]]:
-    """Which rows run together: lists of row indices, at most `batch_size` long."""
+def batches(rows: Sequence[Row], model: Model, batch_size: int | None = None, square: bool = True) -> list[list[int]]:
+    """Which rows run together: lists of row indices, at most `batch_size` long.
+
+    Args:
+        rows: what is to run.
+        model: decides which can run together.
+        batch_size: None is no limit.
+        square: whether as many rows as tokens may, whose activations don't show which dimension is which.
+    """
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size must be a whole number >= 1 or None, got {batch_size!r}")
     limit = batch_size or len(rows)
@@ -356,7 +382,17 @@ def batches(rows: Sequence[Row], model: Model, batch_size: int | None = None) ->
     if not pads_left(model):
         by_length = sorted(order, key=lambda i: len(rows[i]))
         groups = [list(group) for _, group in groupby(by_length, key=lambda i: len(rows[i]))]
-    return [group[start : start + limit] for group in groups for start in range(0, len(group), limit)]
+    parts = [group[start : start + limit] for group in groups for start in range(0, len(group), limit)]
+    return parts if square else [half for part in parts for half in _oblong(part, [len(row) for row in rows])]
+
+
+def _oblong(group: list[int], lengths: Sequence[int]) -> list[list[int]]:
+    """The group, in two where it has as many rows as tokens: the shortest row apart."""
+    longest = max(lengths[i] for i in group)
+    if len(group) != longest or longest == 1:
+        return [group]
+    shortest = min(group, key=lambda i: lengths[i])
+    return [[i for i in group if i != shortest], [shortest]]
 
 
 def pads_left(model: Model) -> bool:
@@ -445,7 +481,7 @@ def _embedding(model: Model) -> Any:
 def _device(embedding: Any) -> torch.device:
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
-    return torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or "cpu")
+    return computing_device(embedding)
 
 
 def offender(model: Model) -> str:

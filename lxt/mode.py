@@ -43,8 +43,10 @@ __all__ = [
     "UnknownOperation",
     "checkpoint_hook",
     "current_mode",
+    "leave",
     "plain_gradient",
     "recomputable",
+    "same_stack",
     "suspended",
     "unwatched",
 ]
@@ -178,6 +180,24 @@ class RuleMode(TorchFunctionMode):
 def _entered_modes() -> list[RuleMode]:
     modes = map(_function_stack_at, range(_function_stack_size()))
     return [mode for mode in modes if isinstance(mode, RuleMode)]
+
+
+@contextmanager
+def same_stack() -> Iterator[None]:
+    """Afterwards the modes of before are entered: an interrupt skips the hooks that leave those entered meanwhile."""
+    before = _function_stack_size()
+    try:
+        yield
+    finally:
+        while _function_stack_size() > before:
+            _pop_function_stack()
+
+
+def leave(mode: TorchFunctionMode) -> None:
+    """Leaves a mode that a hook has entered, with all that was entered in it, where it is still entered."""
+    places = [place for place in range(_function_stack_size()) if _function_stack_at(place) is mode]
+    while places and _function_stack_size() > places[0]:
+        _pop_function_stack()
 
 
 def current_mode() -> RuleMode | None:

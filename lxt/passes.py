@@ -25,7 +25,8 @@ from lxt.encdec import FromIds, forward, inputs_of, shifted, with_prefix
 from lxt.holds import Holds, make_constant
 from lxt.inputs import Model, Prepared, Row, offender, prepare, task
 from lxt.lastlayer import only_at
-from lxt.latents import Sink, capture, residual_layers, sites
+from lxt.latents import Keep, LatentRelevance, Sink, Site, capture, residual_layers, sites
+from lxt.latents import joined as joined_latents
 from lxt.narrow import narrowed
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names
@@ -46,7 +47,7 @@ class Result:
         spots: [goal, 2], the row and the position in `logits` where each goal is explained (first).
         values: [goal], the explained numbers.
         goals: with the predicted tokens filled in.
-        latents: [layer, goal, token, …] by name.
+        latents: by name, with goals for rows.
         tokens: [goal][token], "" at padding.
         token_ids: [goal, token], or None.
         mask: [goal, token].
@@ -59,7 +60,7 @@ class Result:
     spots: Tensor
     values: Tensor
     goals: list[Goal]
-    latents: dict[str, Tensor]
+    latents: dict[str, LatentRelevance]
     tokens: list[list[str]]
     token_ids: Tensor | None
     mask: Tensor
@@ -72,7 +73,7 @@ def run(
     tokenizer: Any,
     rows: Sequence[Row],
     goals: Sequence[Sequence[Goal]],
-    latents: Sequence[str],
+    latents: Sequence[Keep],
     patch_map: PatchMap,
     patch: Callable[[], AbstractContextManager[Any]],
 ) -> Result:
@@ -83,7 +84,7 @@ def run(
         tokenizer: for the tokens' display only; may be None.
         rows: prompts that may share a forward (`lxt.inputs.batches`).
         goals: one or several for each row; as many backwards run as the row with most has.
-        latents: names of the wanted latents.
+        latents: the wanted ones.
         patch_map: says where latents are.
         patch: makes the context of the forward and backward: `monkey_patch`, or `nullcontext` for the bare model.
 
@@ -121,7 +122,7 @@ def traced(
     model: Model,
     prepared: Prepared,
     where: Tensor,
-    latents: Sequence[str],
+    latents: Sequence[Keep],
     patch_map: PatchMap,
     patch: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[tuple[Tensor, Sink]]:
@@ -131,13 +132,19 @@ def traced(
         model: the model.
         prepared: the batch; what is explained requires grad.
         where: [row, position], the explained positions.
-        latents: names of the wanted latents.
+        latents: the wanted ones.
         patch_map: says where latents are.
         patch: as in `run`.
     """
-    last = _last_layer(model, patch_map, latents, where)
+    taps = sites(model, patch_map, latents)
+    if taps and patch_map.tokens_first and len(prepared.mask) > 1:
+        raise ValueError(
+            f"the layers of {type(model).__name__} have tokens before rows, so latents are read for one row at a time; "
+            "give batch_size=1"
+        )
+    last = _last_layer(model, patch_map, taps, where)
     with (
-        capture(sites(model, patch_map, latents), *prepared.mask.shape) as sink,
+        capture(taps, len(prepared.mask), prepared.mask.shape[1], latents) as sink,
         narrowed(_head(model), where) as finish,
         # on the bare model too: torch has another kernel where an attention bias requires grad
         Holds().hold(model.parameters(), make_constant),
@@ -154,7 +161,7 @@ class _Part:
     relevance: Tensor
     values: Tensor
     goals: list[Goal]
-    latents: dict[str, Tensor]
+    latents: dict[str, LatentRelevance]
     prefix: Tensor | None
 
 
@@ -163,19 +170,30 @@ def _part(
     logits: Tensor,
     leaves: Sequence[Tensor],
     prepared: Prepared,
-    latents: Sequence[str],
+    latents: Sequence[Keep],
     sink: Sink,
     again: bool,
 ) -> _Part:
     values, goals = evaluate(turn.of(logits), turn.goals)
-    relevance, prefix = _by_token(backward(values, leaves, again), prepared)
-    inside = {name: sink.stacked(name, prepared.mask) for name in latents}
+    by_input = backward(values, leaves, again)
+    relevance, prefix = _by_token(by_input, prepared)
+    inside = {
+        name: sink.stacked(name, prepared.mask) if name != "embed" else _embedded(by_input[0], prepared.mask)
+        for keep in latents
+        for name in keep.names
+    }
     sink.values.clear()  # the next backward writes anew
     if not turn.alone:
-        relevance, inside = relevance[turn.rows], {name: latent[:, turn.rows] for name, latent in inside.items()}
+        relevance = relevance[turn.rows]
+        inside = {name: joined_latents([latent], turn.rows) for name, latent in inside.items()}
         prefix = None if prefix is None else prefix[turn.rows]
     relevance = relevance.masked_fill(~prepared.mask[turn.rows], 0)
     return _Part(relevance, values.detach().cpu(), goals, inside, prefix)
+
+
+def _embedded(relevance: Tensor, mask: Tensor) -> LatentRelevance:
+    """What the pass explains anyway, as a latent."""
+    return LatentRelevance("embed", relevance.masked_fill(~mask, 0)[None], (0,))
 
 
 def _joined(parts: Sequence[_Part], dealt: Sequence[Turn], logits: Tensor, prepared: Prepared) -> Result:
@@ -195,7 +213,7 @@ def _joined(parts: Sequence[_Part], dealt: Sequence[Turn], logits: Tensor, prepa
         spots=torch.stack([rows, torch.cat([turn.columns[:, 0] for turn in dealt])[order]], dim=1),
         values=joined([part.values for part in parts]),
         goals=[goals[i] for i in order.tolist()],
-        latents={name: joined([part.latents[name] for part in parts], 1) for name in parts[0].latents},
+        latents={name: joined_latents([part.latents[name] for part in parts], order) for name in parts[0].latents},
         tokens=[prepared.labels[row] for row in rows.tolist()],
         token_ids=None if prepared.token_ids is None else prepared.token_ids[rows],
         mask=prepared.mask[rows],
@@ -256,15 +274,21 @@ def _head(model: Model) -> nn.Module | None:
     return model.get_output_embeddings() if task(model) in ("causal", "masked", "seq2seq") else None
 
 
-def _last_layer(model: Model, patch_map: PatchMap, latents: Sequence[str], where: Tensor) -> nn.Module | None:
+_AROUND_LAYERS = ("residual", "residual_pre")  # what is read of a layer without running all of it
+
+
+def _last_layer(model: Model, patch_map: PatchMap, taps: Sequence[Site], where: Tensor) -> nn.Module | None:
     """A causal model's last layer, if it may run at the explained positions alone.
 
     Not where a latent or somebody's hook wants all of its insides, nor under attention with masks of another form, nor
     where a position stands twice in a row: it would count twice.
     """
     once = all(len(set(row)) == len(row) for row in where.tolist())
-    if task(model) != "causal" or not once or not patch_map.layers or {"head", "neuron"} & set(latents):
+    if task(model) != "causal" or not once or not patch_map.layers:
         return None
-    layer = residual_layers(model, patch_map)[-1]
+    layers = residual_layers(model, patch_map)
+    if any(tap.latent not in _AROUND_LAYERS and tap.layer == len(layers) - 1 for tap in taps):
+        return None
+    layer = layers[-1]
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
     return None if hooked or attention_names(model) - set(SEEN_BY_THE_MODE) else layer

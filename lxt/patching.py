@@ -34,7 +34,7 @@ from lxt.graph import refuse_foreign_functions
 from lxt.holds import Holds, make_constant, make_still, parts_of
 from lxt.interfaces import rewired_forward, uses_interface
 from lxt.marks import activations
-from lxt.mode import RuleMode, checkpoint_hook, recomputable, suspended
+from lxt.mode import RuleMode, checkpoint_hook, recomputable, same_stack, suspended
 from lxt.patches import fence_for, patch_map_for
 from lxt.patchmap import PatchMap
 from lxt.preconditions import attention_names, refuse_what_has_no_rule
@@ -335,6 +335,7 @@ class _ModelPatch(_Patch):
                 self._still.hold(modules, make_still),
                 self._compiled.hold(compiled, make_uncompiled),
                 self._holds.hold(checkpointing, self._checkpoint_under_rules),
+                same_stack(),
                 self._mode() as mode,
             ):
                 yield mode

@@ -27,6 +27,7 @@ class PatchMap:
             [batch, token, head * d_head].
         neuron: path inside a layer to the MLP's down projection; its input holds the neurons,
             [batch, token, d_mlp].
+        tokens_first: whether the layers hand on [token, batch, hidden].
         operations: names of operations that the mode doesn't know -> "linear" (the plain gradient is right),
             "identity" (element-wise with f(0) = 0), "product" or "constant".
         rules: the composite that belongs to the map, where it is made for one; None leaves it to the caller.
@@ -37,5 +38,6 @@ class PatchMap:
     layers: tuple[str, ...] = ()
     head: str | None = None
     neuron: str | None = None
+    tokens_first: bool = False
     operations: Mapping[str, str] = field(default_factory=dict)
     rules: Composite | None = None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from lxt.checkpointing import Checkpoint
-from lxt.fitting import Choice, fitted, largest, surely_fits
+from lxt.fitting import Choice, fitted, plans, surely_fits
 from lxt.forecast import Forecast, forecast_pass
 from lxt.inputs import Model, task
+from lxt.latents import Keep, sites
 from lxt.memory import available, give_back_freed, resident
 from lxt.patchmap import PatchMap
 from lxt.requesting import Request
@@ -34,6 +35,7 @@ class Planner:
         lock: what a pass holds.
         choice: of checkpoints.
         memory: how much of the CPU's memory the process may take; None is what there is.
+        said: what was warned of already; each choice is said once.
     """
 
     model: Model
@@ -42,21 +44,22 @@ class Planner:
     lock: AbstractContextManager[Any]
     choice: Choice
     memory: int | None
+    said: set[str] = field(default_factory=set)
 
     def forecast(self, request: Request) -> Forecast:
         """Of the largest batch, as it would run; where it doesn't fit, as it was asked for."""
-        try:
-            request = fitted(request, self.choice, partial(self._pass, request), self.memory, self._reads)[0]
-        except MemoryError:
-            pass
-        return self._pass(request, largest(request.rows, request.groups), request.latents, self._plainly(request))
+        forecasts = (one.forecast for one in plans(request, self.choice, partial(self._pass, request), self._reads))
+        first = next(forecasts)
+        return first if first.fits else next((one for one in forecasts if one.fits), first)
 
     def fitted(self, request: Request) -> Request:
         """The request as it runs.
 
         Raises:
             MemoryError: it can't.
+            ValueError: a latent that the model doesn't have.
         """
+        sites(self.model, self.patch_map, request.latents)  # refuses what there is none of before anything runs
         if self.memory is not None:
             give_back_freed()
         plain = replace(request, checkpoint="off" if self.choice == "auto" else self.choice)
@@ -68,25 +71,27 @@ class Planner:
         except ValueError as error:
             if self.choice != "auto":
                 return plain  # as if nobody had asked: most that can't be forecast fits
-            warnings.warn(f"{error}; it runs with checkpoint='layer', and may need more than there is", stacklevel=4)
+            self._warn(f"{error}; it runs with checkpoint='layer', and may need more than there is", str(error))
             return replace(request, checkpoint="layer")
         if chosen is not None:
-            warnings.warn(chosen, stacklevel=4)
+            self._warn(chosen, f"{request.checkpoint}, {max(map(len, request.groups))}")
         return request
+
+    def _warn(self, message: str, about: str) -> None:
+        if about not in self.said:
+            self.said.add(about)
+            warnings.warn(message, stacklevel=5)
 
     @property
     def _reads(self) -> bool:
         return any(parameter.is_meta for parameter in self.model.parameters())
-
-    def _plainly(self, request: Request) -> Checkpoint:
-        return request.checkpoint if self.choice == "auto" else self.choice
 
     def _free(self, device: torch.device) -> int:
         left = available(device)
         return left if self.memory is None or device.type != "cpu" else min(left, max(0, self.memory - resident()))
 
     def _pass(
-        self, request: Request, group: Sequence[int], latents: tuple[str, ...], checkpoint: Checkpoint
+        self, request: Request, group: Sequence[int], latents: tuple[Keep, ...], checkpoint: Checkpoint
     ) -> Forecast:
         rows, goals = [request.rows[i] for i in group], [request.goals[i] for i in group]
         tokens, steps = max(map(len, rows)), max(len(row.decoder) for row in rows)

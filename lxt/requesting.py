@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lxt.checkpointing import Checkpoint
 from lxt.inputs import Model, Row, batches, check
+from lxt.latents import Keep
 from lxt.targets import Goal, Target
 
 __all__ = ["Request", "request_of", "targets_of"]
@@ -24,7 +25,7 @@ class Request:
         goals: one or several for each of the rows.
         groups: which rows run together.
         places: for each of the goals, which row of the result it is.
-        latents: names of the wanted latents.
+        latents: the wanted ones.
         checkpoint: how the layers are checkpointed.
     """
 
@@ -32,7 +33,7 @@ class Request:
     goals: list[list[Goal]]
     groups: list[list[int]]
     places: list[list[int]]
-    latents: tuple[str, ...] = ()
+    latents: tuple[Keep, ...] = ()
     checkpoint: Checkpoint = "off"
 
 
@@ -42,7 +43,7 @@ def request_of(
     prompts: Sequence[int],
     model: Model,
     batch_size: int | None = None,
-    latents: tuple[str, ...] = (),
+    latents: tuple[Keep, ...] = (),
 ) -> Request:
     """One row of the result for each goal; goals that need the same tokens of the same prompt share its forward.
 
@@ -52,7 +53,7 @@ def request_of(
         prompts: which prompt each of the rows is, ascending.
         model: decides which rows can run together.
         batch_size: how many rows run at once, at most.
-        latents: names of the wanted latents.
+        latents: the wanted ones.
 
     Raises:
         ValueError: a prompt is too long with its target.
@@ -65,9 +66,8 @@ def request_of(
     check(list(longest.values()), model, " with its target")
     places = list(shared.values())
     own = [rows[several[0]] for several in places]
-    return Request(
-        own, [[goals[i] for i in several] for several in places], batches(own, model, batch_size), places, latents
-    )
+    groups = batches(own, model, batch_size, square=not latents)
+    return Request(own, [[goals[i] for i in several] for several in places], groups, places, latents)
 
 
 def targets_of(targets: object, top: object, count: int) -> list[list[Any]]:

@@ -122,9 +122,10 @@ class Similarity:
 
     def to_html(self, path: str | os.PathLike[str], scale_special: bool = False) -> None:
         """Write one self-contained page that needs no network."""
-        from lxt.show.files import write
+        from lxt.show.files import check_suffix, write
         from lxt.show.similarity import page
 
+        check_suffix(path, (".html", ".htm"), "to_html")
         write(path, page(self, scale_special).encode())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:

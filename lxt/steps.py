@@ -125,9 +125,10 @@ class Steps:
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page that needs no network."""
-        from lxt.show.files import write
+        from lxt.show.files import check_suffix, write
         from lxt.show.steps import page
 
+        check_suffix(path, (".html", ".htm"), "to_html")
         write(path, page(self).encode())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:

@@ -37,8 +37,8 @@ def pdf_heatmap(
     import matplotlib
     import torch
 
-    from lxt.show.figure import Block
     from lxt.show.latex import BACKENDS, text_pdf, unescape
+    from lxt.show.pages import Block
     from lxt.show.words import shorten
 
     if backend not in BACKENDS:

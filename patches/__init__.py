@@ -24,6 +24,7 @@ from lxt.patches.reformer import REFORMER
 from lxt.patches.sew_d import SEW_D
 from lxt.patches.t5 import T5
 from lxt.patches.vit import VIT
+from lxt.patches.xlnet import XLNET
 from lxt.patches.yoso import YOSO
 from lxt.patchmap import ForwardFactory, PatchMap
 
@@ -31,7 +32,7 @@ __all__ = ["MAPS", "fence_for", "patch_map_for"]
 
 MAPS: tuple[PatchMap, ...] = (
     BERT, GEMMA2, GEMMA3, GPT2, GPT_NEOX, HRM_TEXT, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, QWEN3_MOE,
-    RECURRENT_GEMMA, REFORMER, ROBERTA, SEW_D, T5, VIT, YOSO,
+    RECURRENT_GEMMA, REFORMER, ROBERTA, SEW_D, T5, VIT, XLNET, YOSO,
 )  # fmt: skip
 _BY_ARCHITECTURE = {architecture: patch_map for patch_map in MAPS for architecture in patch_map.architectures}
 

@@ -268,6 +268,7 @@ def test_to_dict_is_strict_json_without_padding(batch: Attribution) -> None:
     assert told["rows"][1]["tokens"][1:] == HOSTILE
     assert told["rows"][0]["relevance"] == batch[0].relevance[0].tolist()
     explained = {"label": "' word0'", "kind": "logit", "value": 14.0, "position": 2, "prefix": None}
+    explained |= {"positions": [2], "rank": None, "probability": None}
     assert told["rows"][0]["explained"] == explained
     assert told["rows"][0]["latents"]["residual"] == batch[0].latents["residual"][:, 0].tolist()
     assert "latents" not in batch.to_dict()["rows"][0]

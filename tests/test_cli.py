@@ -76,6 +76,12 @@ def test_attribute_shows_the_prediction_and_writes_what_is_asked_for(run, tmp_pa
     assert list(saved.latents) == ["residual"]  # the picture needs it
 
 
+def test_a_picture_without_a_suffix_is_refused_before_a_model_is_loaded(run, tmp_path):
+    status, _, err = run("attribute", TEXT, "--model", "/nowhere", "--plot", tmp_path / "picture")
+    assert status == 1
+    assert "--plot writes .png, .pdf or .svg" in err
+
+
 def test_json_on_stdout_is_nothing_but_json(run):
     status, out, _ = run("attribute", TEXT, "--json", "-", "--target", " dogs", "--contrast", " cats")
     assert status == 0

@@ -1,5 +1,7 @@
 """Inputs: every accepted form becomes the same rows, tokens read like the text, and bad input is named."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -131,6 +133,19 @@ def test_special_tokens_are_marked(model, tokenizer):
     assert prepare(read("My cats", model, tokenizer), model, tokenizer).special[0].tolist()[:2] == [True, False]
     numbers = llama(bos_token_id=3, eos_token_id=4)
     assert prepare([Row((3, 5, 4))], numbers).special.tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_tensor_without_its_mask_is_refused(model, tokenizer, side):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = "</s>", side  # the habit with GPT-2 and Llama
+    encoded = tokenizer([TEXT, "cats"], padding=True, return_tensors="pt")
+    assert len(read(encoded, model, tokenizer)[1]) < len(read(encoded, model, tokenizer)[0])
+    with pytest.raises(ValueError, match=r"prompt 1 (begins|ends) with \d+ times the padding token"):
+        read(encoded["input_ids"], model, tokenizer)
+    lists = encoded["input_ids"].tolist()
+    assert len(read(lists, model, tokenizer)[1]) == len(lists[1])  # whoever means it says it like this
+    assert read(encoded["input_ids"][1:], model, tokenizer)  # nothing to be padded to
 
 
 def test_which_models_are_padded():

@@ -92,6 +92,11 @@ def test_wheel_holds_the_typing_marker_the_licence_and_the_bundled_model(wheel):
     assert not [name for name in wheel if name.startswith(("tests", "examples", "docs", "patches", "triton_kernels"))]
 
 
+def test_wheel_holds_the_explorers_page(wheel):
+    page = {f"lxt/show/page/{path.name}" for path in (ROOT / "lxt" / "show" / "page").iterdir()}
+    assert {"lxt/show/page/explorer.html", "lxt/show/page/explorer.css", "lxt/show/page/explorer.js"} <= page <= wheel
+
+
 def test_a_wheel_from_the_source_distribution_is_the_same(source, wheel, tmp_path):
     with tarfile.open(build("sdist", source, tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "unpacked", **SAFELY)
