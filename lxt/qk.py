@@ -29,7 +29,7 @@ from lxt.holds import Holds, make_constant
 from lxt.inputs import Model, prepare, read, task
 from lxt.latents import Keep, capture, residual_layers, sites
 from lxt.latents.attending import refuse_unseen
-from lxt.latents.factors import Factor, Fused, Layout, Product
+from lxt.latents.factors import Factor, Fused, Product
 from lxt.latents.hooking import watched
 from lxt.latents.watching import Watch
 from lxt.marks import copy_mark
@@ -278,13 +278,3 @@ class _Scores(Watch):
         gated = Fused(query, key, call.value, call.mask, 0.0, call.is_causal, call.scale, call.enable_gqa)
         scores = gated.scores(head, slice(self._ask.query, self._ask.query + 1))
         raise _Found(scores[0, 0], (Product(one, other),), head)
-
-    def weigh(
-        self,
-        attention: Any,
-        weights: Tensor,
-        value: Tensor,
-        layout: Layout,
-        run: Callable[[Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        return run(weights, value)  # never reached: the forward has ended at the softmax

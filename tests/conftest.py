@@ -1,6 +1,7 @@
 """What holds for all tests: no network, one thread, and those marked gpu only where there is one."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -20,3 +21,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
+    """Runs the command line; gives exit status, stdout and stderr."""
+    from lxt.cli import main
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return run

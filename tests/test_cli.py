@@ -13,19 +13,6 @@ from lxt.cli import main
 TEXT = "I have 5 cats and 3 dogs. My cats love to play with my"
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the command line; gives exit status, stdout and stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return run
-
-
 def test_version(run):
     assert run("--version") == (0, f"lxt {lxt.__version__}\n", "")
 

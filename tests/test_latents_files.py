@@ -182,17 +182,9 @@ def test_check_reports_row_by_row() -> None:
     assert "row" not in str(single).split("logits")[0]
 
 
-def run(capsys, *arguments: object) -> tuple[object, str, str]:
-    from lxt.cli import main
-
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    return exit.value.code, *capsys.readouterr()
-
-
-def test_the_command_line_ranks_latents_and_explains_several_targets(capsys, tmp_path) -> None:
+def test_the_command_line_ranks_latents_and_explains_several_targets(run, tmp_path) -> None:
     flags = ["-t", " dogs", "-t", " cats", "-l", "head", "-l", "neuron:3", "--save", tmp_path / "x.safetensors"]
-    status, out, err = run(capsys, "attribute", "My cats love to play with my", *flags)
+    status, out, err = run("attribute", "My cats love to play with my", *flags)
     assert status == 0, err
     saved = Attribution.load(tmp_path / "x.safetensors")
     assert [one.label for one in saved.explained] == ["' dogs'", "' cats'"]
@@ -201,7 +193,7 @@ def test_the_command_line_ranks_latents_and_explains_several_targets(capsys, tmp
         for name in ("head", "neuron"):
             assert f"{name}, the largest for {label}:\n{saved[row].latents[name].top(10)}\n" in out
     assert out.index("neuron, the largest for ' dogs'") < out.index("head, the largest for ' cats'")
-    status, out, err = run(capsys, "attribute", "My cats love to play with my", "--top", 2, "--json", "-")
+    status, out, err = run("attribute", "My cats love to play with my", "--top", 2, "--json", "-")
     assert status == 0, err
     rows = json.loads(out)["rows"]
     assert rows[0]["explained"]["label"] == repr(rows[0]["prediction"]["token"])
@@ -219,9 +211,9 @@ def test_the_command_line_ranks_latents_and_explains_several_targets(capsys, tmp
         (["--plot", "x.html"], "--plot writes .png"),
     ],
 )
-def test_the_command_line_refuses_before_the_model_loads(capsys, monkeypatch, flags: list[str], message: str) -> None:
+def test_the_command_line_refuses_before_the_model_loads(run, monkeypatch, flags: list[str], message: str) -> None:
     monkeypatch.setattr(lxt, "load", lambda *args, **options: pytest.fail("loaded"))
-    status, _, err = run(capsys, "attribute", "My cats", *flags)
+    status, _, err = run("attribute", "My cats", *flags)
     assert status not in (0, None)
     assert message in err
     assert err.count("\n") == 1

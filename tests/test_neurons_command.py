@@ -8,20 +8,8 @@ import pytest
 from small import a_tokenizer, llama
 
 import lxt
-from lxt.cli import main
 from lxt.neurons.command import numbers
 from lxt.neurons.running import label
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ _KINDS = (
     Kind("pattern", "key", "attention weights of one head, by query and key token", "attn.hook_pattern"),
     Kind("flow", "key", "relevance carried from key to query token"),
     Kind("expert", "expert", "one expert, weighted by its router"),
-    Kind("router", "expert", "one expert's weight as its router gives it"),
+    Kind("router", "expert", "the logit that the router gives one expert"),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 LATENTS = tuple(KINDS)

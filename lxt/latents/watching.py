@@ -47,7 +47,6 @@ class Watch(TorchFunctionMode, ABC):
     def softmax(self, scores: Tensor, products: Sequence[Product]) -> Any:
         """A softmax of scores: what the attention is known by later; None leaves it alone."""
 
-    @abstractmethod
     def weigh(
         self,
         attention: Any,
@@ -57,6 +56,7 @@ class Watch(TorchFunctionMode, ABC):
         run: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """The output of `attention`: that of `run(weights, value)`."""
+        return run(weights, value)
 
     @abstractmethod
     def fused(self, call: Fused, repeats: tuple[int, int], run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
